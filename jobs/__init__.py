@@ -1,0 +1,1 @@
+"""Command line, Ray Train and Ray Data drivers, MLflow."""

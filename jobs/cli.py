@@ -1,0 +1,232 @@
+"""The command line. Parses, calls, prints; what a command does stands in the module that it calls.
+
+Exit codes: 0 done, 1 failed on the way, 2 something given to it was wrong (one line says what; MRCNN_TRACEBACK=1 shows where).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jobs.config import TrainConfig, TrainJob
+from jobs.presets import PRESETS
+
+Encoding = Literal["raw", "jpeg", "png"]
+Preset = Literal["r50_fpn", "r101_fpn", "r18_fpn_small", "toy"]
+assert set(PRESETS) == set(Preset.__args__)  # type: ignore[attr-defined]
+
+DESCRIPTION = """Mask R-CNN on Ray: from images in an object store to masks.
+
+A URI is a local path or s3://bucket/prefix. The S3 endpoint and credentials come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY, MLflow's address from MLFLOW_TRACKING_URI, a running Ray cluster's from RAY_ADDRESS."""
+
+
+def toy_data(out: str, images: int = 600, seed: int = 0, size: int = 128) -> None:
+    """Make a COCO-format data set of overlapping shapes, to try everything on.
+
+    Args:
+        out: URI of a folder; it gets images/ and annotations.json.
+        images: How many images.
+        seed: The same seed makes the same images; take another one for validation.
+        size: Shorter side in pixels.
+    """
+    from pipelines.toy import make_toy_data
+
+    made = make_toy_data(out, images=images, seed=seed, size=size)
+    print(f"{images} images with {made.instances} objects in {made.seconds:.1f} s: {made.out}")
+
+
+def build_data(
+    images: str,
+    annotations: str,
+    out: str,
+    *,
+    shorter_side: int = 800,
+    longer_side: int = 1333,
+    encoding: Encoding = "raw",
+    rows_per_shard: int = 256,
+    cpus: int | None = None,
+) -> None:
+    """Decode and resize images, and write them with their annotations as Arrow shards.
+
+    Args:
+        images: URI of the folder that file names in the annotations are relative to.
+        annotations: URI of a COCO JSON file (instances or person keypoints).
+        out: URI of a folder for the shards, manifest.json and rejects.parquet.
+        shorter_side: Pixels of the shorter side after resizing.
+        longer_side: Bound of the longer side, in pixels; it wins.
+        encoding: raw (fastest to read), jpeg (quality 95, smallest) or png.
+        rows_per_shard: Images of a shard.
+        cpus: CPUs of the Ray that is started on this machine; by default all.
+    """
+    from jobs.cluster import ray_session
+    from pipelines.build import BuildConfig, build
+
+    config = BuildConfig(
+        images=images,
+        annotations=annotations,
+        out=out,
+        shorter_side=shorter_side,
+        longer_side=longer_side,
+        encoding=encoding,
+        rows_per_shard=rows_per_shard,
+    )
+    with ray_session(cpus):
+        print(build(config))
+
+
+def train(
+    preset: Annotated[Preset, tyro.conf.Positional],
+) -> None:
+    """Train a model with Ray Train. `mrcnn train PRESET --help` lists all settings.
+
+    Args:
+        preset: r50_fpn and r101_fpn are the paper's; r18_fpn_small is for laptops; toy is the demo's.
+    """
+    raise ValueError(f"say what to train on: mrcnn train {preset} --data URI --val-data URI --storage URI --run NAME")
+
+
+def evaluate(model: str, data: str, out: str | None = None, cpus: int | None = None) -> None:
+    """Measure a model on validation shards: COCO's twelve numbers for boxes and for masks.
+
+    Args:
+        model: A model's folder or models:/NAME@ALIAS.
+        data: URI of shards.
+        out: JSON file for the numbers.
+        cpus: CPUs of the Ray that is started on this machine; by default all.
+    """
+    from jobs.cluster import ray_session
+    from jobs.evaluate import evaluate as run
+
+    with ray_session(cpus):
+        run(model, data, out)
+
+
+def register(run: str, name: str) -> None:
+    """Make a version of a registered model from a training run.
+
+    Args:
+        run: The run's name or id in MLflow.
+        name: Name of the registered model.
+    """
+    from jobs.registry import register as run_register
+
+    version = run_register(run, name)
+    print(f"registered {run} as models:/{name}/{version}")
+
+
+def promote(name: str, version: int, alias: str = "champion") -> None:
+    """Let an alias point to a version, unless the present one is better on the same validation data.
+
+    Args:
+        name: Name of the registered model.
+        version: The version's number.
+        alias: The alias that moves.
+    """
+    from jobs.registry import promote as run_promote
+
+    run_promote(name, version, alias)
+    print(f"models:/{name}@{alias} is version {version} now")
+
+
+def predict(model: str, images: str, out: str, overlays: int = 0, cpus: int | None = None) -> None:
+    """Find objects and their masks in a folder of images.
+
+    Args:
+        model: models:/NAME@ALIAS, models:/NAME/VERSION or a model's folder.
+        images: URI of a folder of images.
+        out: URI of a folder for the Parquet files, coco_results.json, rejects.parquet and overlays/.
+        overlays: Pictures to draw, of the first images.
+        cpus: CPUs of the Ray that is started on this machine; by default all.
+    """
+    from jobs.cluster import ray_session
+    from jobs.predict import predict as run
+
+    with ray_session(cpus):
+        print(run(model, images, out, overlays=overlays))
+
+
+def demo(out: str = "demo-run") -> None:
+    """The whole way on toy data and a local S3 server, with the commands that a user types.
+
+    Args:
+        out: Local folder for everything that it makes.
+    """
+    from jobs.demo import run_demo
+
+    run_demo(out)
+
+
+COMMANDS: dict[str, Any] = {
+    "toy-data": toy_data,
+    "build-data": build_data,
+    "train": train,
+    "evaluate": evaluate,
+    "register": register,
+    "promote": promote,
+    "predict": predict,
+    "demo": demo,
+}
+
+
+@dataclass(frozen=True)
+class TrainArguments(TrainJob):
+    """Everything after `mrcnn train PRESET`."""
+
+    cpus: int | None = None
+    """CPUs of the Ray that is started on this machine; by default all."""
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
+    """What decides the outcome of the training."""
+
+
+def run_train(preset: str, arguments: Sequence[str]) -> None:
+    """`mrcnn train PRESET ...`: the preset gives the defaults of all settings."""
+    parsed = tyro.cli(
+        TrainArguments, args=arguments, default=_train_defaults(preset), prog=f"mrcnn train {preset}"
+    )
+    from jobs.cluster import ray_session
+    from jobs.train import train as run
+
+    job = TrainJob(**{f.name: getattr(parsed, f.name) for f in fields(TrainJob)})
+    with ray_session(parsed.cpus):
+        print(run(job, parsed.config))
+
+
+def _train_defaults(preset: str) -> TrainArguments:
+    missing: Any = tyro.MISSING
+    return TrainArguments(data=missing, val_data=missing, storage=missing, run=missing, config=PRESETS[preset])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `mrcnn`."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if len(words) > 2 - ("--help" in words) and words[0] == "train" and words[1] in PRESETS:
+            run_train(words[1], words[2:])
+        else:
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, args=words, prog="mrcnn", description=DESCRIPTION)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        return _fail(error, code=2)
+    except RuntimeError as error:
+        return _fail(error, code=1)
+    except KeyboardInterrupt:
+        print("mrcnn: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(error: Exception, *, code: int) -> int:
+    if os.environ.get("MRCNN_TRACEBACK"):
+        raise error
+    cause = getattr(error, "cause", None) or error  # what Ray brings from a worker has its whole traceback in its text
+    print(f"mrcnn: error: {' '.join(str(cause).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

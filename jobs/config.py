@@ -1,0 +1,124 @@
+"""What to train, and the settings of a training run. What a model is made of stands in mrcnn/config.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from mrcnn.config import ModelConfig, dataclass_from_dict, require
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """What to train on, where to keep it, with how many workers."""
+
+    data: str
+    """Shards to train on: a folder that `mrcnn build-data` wrote."""
+    val_data: str
+    """Shards to evaluate on."""
+    storage: str
+    """Folder of all runs; checkpoints and the model go to STORAGE/RUN."""
+    run: str
+    """Name of the run, new unless it is resumed."""
+    workers: int = 1
+    """Processes that train together (DDP), one a GPU where there are GPUs, else one a CPU."""
+    resume: bool = False
+    """Go on with a run from its newest checkpoint."""
+    weights: str | None = None
+    """Local file to start from: an ImageNet ResNet (torchvision's .pth) or a whole model (.safetensors)."""
+    experiment: str = "mask-rcnn"
+    """MLflow experiment; one for each data set keeps runs comparable."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 1, "workers", self.workers, "at least 1", "give the number of processes")
+        require(
+            bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run)),
+            "run",
+            self.run,
+            "letters, digits, '.', '_' and '-'",
+            "it names a folder",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD with the paper's schedule: linear warm-up, then steps down."""
+
+    base_lr: float = 0.02
+    """Learning rate for a global batch of 16; the rate in use is in proportion to the batch."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """L2 penalty on weights; normalisation layers and biases have none."""
+    warmup_steps: int = 1000
+    """Steps in which the rate rises linearly from warmup_factor times its value."""
+    warmup_factor: float = 1e-3
+    """Where the warm-up starts."""
+    decay_at: tuple[float, ...] = (0.75,)
+    """Shares of all steps after which the rate is cut: the paper cuts at 120k of 160k."""
+    decay_factor: float = 0.1
+    """What it is multiplied by then."""
+    clip_norm: float = 0.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+
+    def __post_init__(self) -> None:
+        require(self.base_lr > 0, "optimizer.base_lr", self.base_lr, "positive", "the paper has 0.02")
+        require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "in [0, 1)", "the paper has 0.9")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "at least 0", "0 is none")
+        require(
+            all(0 < share <= 1 for share in self.decay_at),
+            "optimizer.decay_at",
+            self.decay_at,
+            "shares of all steps in (0, 1]",
+            "0.75 cuts the rate after three quarters of the training",
+        )
+        require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "at least 0", "0 clips nothing")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what comes out of a training, given the data."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """SGD and its schedule."""
+    steps: int = 160_000
+    """Optimizer steps; the paper has 160k."""
+    global_batch: int = 16
+    """Images of a step over all workers."""
+    seed: int = 0
+    """Decides the initial weights, the order of images, flips, and what is sampled from each."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs convolutions and matrix products in bfloat16 (autocast); weights and losses stay float32."""
+    log_every: int = 20
+    """Steps between two reports of losses; only then does the host wait for the device."""
+    evaluate_every: int = 5000
+    """Steps between two evaluations on the validation data; there is always one at the end."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; there is always one at the end."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints stay."""
+    loader_threads: int = 2
+    """Threads that read and decode images in each worker."""
+    pictures: int = 4
+    """Validation images drawn with their detections at each evaluation."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "at least 1", "give a positive number")
+        require(0 <= self.flip <= 1, "flip", self.flip, "a probability", "0.5 flips every other image")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`. Raises ValueError for a setting that does not exist."""
+        return dataclass_from_dict(cls, data)

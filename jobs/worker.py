@@ -1,0 +1,231 @@
+"""What each training worker does. Rank 0 also writes checkpoints, logs and the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import get_device
+from torch.nn.parallel import DistributedDataParallel
+
+from jobs.checkpoint import Checkpoints, Progress
+from jobs.config import TrainConfig
+from jobs.engine import Engine, Losses, check_finite, learning_rate, read_losses
+from jobs.evaluate import ground_truth, predict_rows
+from jobs.tracking import RunHandle, RunLogger
+from mrcnn.evaluation import Metrics, evaluate_coco
+from mrcnn.model import MaskRCNN
+from mrcnn.visualize import draw_detections
+from mrcnn.weights import load_weights, model_files
+from pipelines.loader import Batch, ShardDataset, batches
+from pipelines.storage import open_store
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """All that a worker is told. Credentials are not in here: they are in its environment."""
+
+    config: TrainConfig
+    data: str
+    val_data: str
+    run_uri: str
+    run: RunHandle
+    weights: str | None
+    resume: bool
+
+
+def train_worker(loop_config: dict[str, Any]) -> None:
+    """Ray Train's entry: train to the last step, from the newest checkpoint if there is one."""
+    _Worker(loop_config["settings"]).run()
+
+
+class _Worker:
+    """One training process: what it trains, and when it logs, evaluates and saves."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.settings, self.config = settings, settings.config
+        self.data, self.val_data = ShardDataset(settings.data), ShardDataset(settings.val_data)
+        self.checkpoints = Checkpoints(settings.run_uri)
+        self.logger = RunLogger(settings.run) if self.rank == 0 else None
+        device = get_device()
+        torch.manual_seed(self.config.seed)
+        self.model = MaskRCNN(self.config.model, self.data.categories)
+        if settings.weights:
+            load_weights(self.model, settings.weights)
+        self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        distributed = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if self.world_size > 1 else None
+        self.engine = Engine(distributed or self.model, self.config, device)
+        self.meter = Meter(self.config)
+
+    def run(self) -> None:
+        saved = self.checkpoints.steps()
+        if saved:
+            self.checkpoints.restore(self.model, self.engine, saved[-1])
+            self._say(f"going on from {self.checkpoints.store.uri} at step {saved[-1]}")
+        stream = batches(
+            self.data,
+            seed=self.config.seed,
+            global_batch=self.config.global_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_images=self.engine.images_seen,
+            flip=self.config.flip,
+            threads=self.config.loader_threads,
+            size_divisor=self.config.model.input.size_divisor,
+        )
+        metrics: dict[str, float] = {}
+        with closing(stream):  # type: ignore[type-var]
+            while self.engine.step < self.config.steps:
+                self._train_step(stream)
+                metrics = self._after_step() or metrics
+        self._export()
+        metrics = metrics or self._evaluate()  # nothing was left to train
+        ray.train.report({**metrics, "step": self.engine.step, "images_per_second": self.meter.images_per_second})
+
+    def _train_step(self, stream: Iterator[Batch]) -> None:
+        with self.meter.waiting_for_data():
+            batch = next(stream)
+        self.meter.add(self.engine.train_step(batch.images, batch.targets))
+
+    def _after_step(self) -> dict[str, float] | None:
+        """What is due after a step: log, evaluate, save. Returns the metrics of an evaluation."""
+        step, config = self.engine.step, self.config
+        is_last = step == config.steps
+        if step % config.log_every == 0 or is_last:
+            self._log()
+        metrics = None
+        if step % config.evaluate_every == 0 or is_last:
+            metrics = self._evaluate()
+        if self.rank == 0 and (step % config.checkpoint_every == 0 or is_last):
+            progress = Progress(step, self.engine.images_seen, config.seed, self.data.manifest.digest)
+            self.checkpoints.save(self.model, self.engine, progress, keep=config.keep_checkpoints)
+        self.meter.restart()
+        return metrics
+
+    def _log(self) -> None:
+        step = self.engine.step
+        losses, speed = self.meter.read()
+        check_finite(losses, step)
+        if self.logger:
+            rate = learning_rate(step - 1, self.config)
+            self.logger.metrics({f"train/{name}": value for name, value in losses.items()}, step)
+            self.logger.metrics({**speed, "train/learning_rate": rate}, step)
+        self._say(progress_line(step, self.config.steps, losses, speed, self.config.global_batch))
+
+    def _evaluate(self) -> dict[str, float]:
+        """COCO AP on every validation image: each rank detects in its share, rank 0 computes."""
+        mine = range(self.rank, len(self.val_data), self.world_size)
+        results = predict_rows(self.model, self.val_data, mine, batch_size=1)
+        gathered = gather(results, self.rank, self.world_size)
+        if self.logger is None:
+            return {}
+        found = evaluate_coco(ground_truth(self.val_data), gathered)
+        metrics = ap_metrics(found)
+        self.logger.metrics(metrics, self.engine.step)
+        self._log_pictures()
+        self._say(f"step {self.engine.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        return metrics
+
+    def _log_pictures(self) -> None:
+        assert self.logger is not None
+        for i in range(min(self.config.pictures, len(self.val_data))):
+            row = self.val_data.read(i)
+            found = self.model.predict_resized([row.image], [row.image.shape[:2]])[0]
+            picture = draw_detections(row.image, found, self.val_data.categories)
+            self.logger.image(picture, f"val/image_{i}", self.engine.step)
+
+    def _export(self) -> None:
+        if self.rank == 0:
+            store = open_store(self.settings.run_uri).join("model")
+            for name, data in model_files(self.model).items():
+                store.write_bytes(name, data)
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            print(line, flush=True)
+
+
+class Meter:
+    """Losses, throughput and time spent waiting for data since the last report."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.global_batch = config.global_batch
+        self.restart()
+        self.losses: list[Losses] = []
+        self.seconds = self.wait_seconds = 0.0
+        self.total_images, self.total_seconds = 0, 0.0
+
+    def restart(self) -> None:
+        """Do not count what passed since the last step: evaluation and checkpoints are not training."""
+        self.mark = time.monotonic()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time in here as data-wait."""
+        started = time.monotonic()
+        yield
+        self.wait_seconds += time.monotonic() - started
+
+    def add(self, losses: Losses) -> None:
+        """One step is done."""
+        self.losses.append(losses)
+        now = time.monotonic()
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+
+    def read(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Mean losses, and perf/...; then start over."""
+        started = time.monotonic()
+        losses = read_losses(self.losses)  # on a GPU the host waits here for the steps themselves
+        self.seconds += time.monotonic() - started
+        images = len(self.losses) * self.global_batch
+        self.total_images, self.total_seconds = self.total_images + images, self.total_seconds + self.seconds
+        speed = {
+            "perf/images_per_second": images / self.seconds,
+            "perf/data_wait_share": self.wait_seconds / self.seconds,
+        }
+        self.losses, self.seconds, self.wait_seconds = [], 0.0, 0.0
+        return losses, speed
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all reports so far."""
+        return self.total_images / self.total_seconds if self.total_seconds else 0.0
+
+
+def progress_line(step: int, steps: int, losses: dict[str, float], speed: dict[str, float], batch: int) -> str:
+    """One line that tells how training goes."""
+    parts = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items())
+    rate = speed["perf/images_per_second"]
+    minutes, seconds = divmod(round((steps - step) * batch / rate), 60)
+    return (
+        f"step {step}/{steps}  {parts}  {rate:.1f} images/s  "
+        f"data-wait {speed['perf/data_wait_share']:.0%}  {minutes}:{seconds:02d} left"
+    )
+
+
+def ap_metrics(found: Metrics) -> dict[str, float]:
+    """The metrics that are compared between runs."""
+    return {
+        "val/mask_AP": found.mask["AP"],
+        "val/mask_AP50": found.mask["AP50"],
+        "val/mask_AP75": found.mask["AP75"],
+        "val/box_AP": found.box["AP"],
+        "val/box_AP50": found.box["AP50"],
+    }
+
+
+def gather(results: list[dict[str, Any]], rank: int, world_size: int) -> list[dict[str, Any]]:
+    """All ranks' COCO results on rank 0; elsewhere an empty list."""
+    if world_size == 1:
+        return results
+    everyone: list[Any] | None = [None] * world_size if rank == 0 else None
+    dist.gather_object(results, everyone)
+    return [result for part in everyone or [] for result in part]

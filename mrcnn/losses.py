@@ -1,0 +1,33 @@
+"""The five losses. Each takes padded tensors and a weight of 0 or 1 for every row, so no shape depends on the data."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def objectness_loss(logits: Tensor, is_object: Tensor, weights: Tensor) -> Tensor:
+    """Binary cross-entropy over sampled anchors, mean over those with weight 1. All (B, S)."""
+    loss = F.binary_cross_entropy_with_logits(logits, is_object.to(logits.dtype), reduction="none")
+    return (loss * weights).sum() / weights.sum().clamp(min=1)
+
+
+def box_loss(box_deltas: Tensor, targets: Tensor, *, weights: Tensor, count: Tensor, beta: float) -> Tensor:
+    """Smooth L1 over rows (..., 4) with weight 1 (the positives), divided by `count`, the rows that were sampled.
+
+    The quotient is Fast R-CNN's: it keeps the loss of an image independent of how many of its samples are positive.
+    """
+    loss = F.smooth_l1_loss(box_deltas, targets, beta=beta, reduction="none").sum(dim=-1)
+    return (loss * weights).sum() / count.clamp(min=1)
+
+
+def classification_loss(class_logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of (R, K + 1) logits with labels (R,) 0..K, mean over rows with weight 1."""
+    loss = F.cross_entropy(class_logits, labels, reduction="none")
+    return (loss * weights).sum() / weights.sum().clamp(min=1)
+
+
+def mask_loss(mask_logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Per-pixel sigmoid cross-entropy of the true class's logits (R, M, M), mean over pixels of rows with weight 1."""
+    loss = F.binary_cross_entropy_with_logits(mask_logits, targets, reduction="none").mean(dim=(1, 2))
+    return (loss * weights).sum() / weights.sum().clamp(min=1)

@@ -1,0 +1,1 @@
+"""Annotations to rows to Arrow shards to batches."""

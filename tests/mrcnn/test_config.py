@@ -1,0 +1,46 @@
+import dataclasses
+import json
+
+import pytest
+
+from jobs.config import TrainConfig
+from jobs.presets import PRESETS
+from mrcnn.config import InputConfig, ModelConfig, RoIConfig
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_survives_json(preset: str) -> None:
+    config = PRESETS[preset]
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_an_unknown_setting_is_named() -> None:
+    with pytest.raises(ValueError, match=r"rpn\.nms is not a setting of RPNConfig.*nms_iou"):
+        ModelConfig.from_dict({"rpn": {"nms": 0.5}})
+
+
+@pytest.mark.parametrize(
+    ("cls", "change", "words"),
+    [
+        (RoIConfig, {"score_threshold": 1.0}, "roi.score_threshold is 1.0, but must be in"),
+        (InputConfig, {"shorter_side": 900, "longer_side": 800}, "input.shorter_side is 900"),
+        (ModelConfig, {"num_classes": 0}, "num_classes is 0"),
+        (TrainConfig, {"flip": 2.0}, "flip is 2.0"),
+        (TrainConfig, {"steps": 0}, "steps is 0"),
+    ],
+)
+def test_nonsense_is_refused_by_name(cls: type, change: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words.replace(".", r"\.")):
+        cls(**change)
+
+
+@pytest.mark.parametrize("cls", [ModelConfig, TrainConfig])
+def test_every_setting_is_explained(cls: type) -> None:
+    """Attribute docstrings become the help of the command line."""
+    import inspect
+
+    for each in [cls, *(f.default_factory for f in dataclasses.fields(cls) if isinstance(f.default_factory, type))]:
+        source = inspect.getsource(each)
+        for f in dataclasses.fields(each):
+            after = source.split(f"    {f.name}: ", 1)[1].split("\n", 1)[1]
+            assert after.lstrip().startswith('"""'), f"{each.__name__}.{f.name}"
