@@ -1,6 +1,7 @@
 """The command line. Parses, calls, prints; what a command does stands in the module that it calls.
 
-Exit codes: 0 done, 1 failed on the way, 2 something given to it was wrong (one line says what; MRCNN_TRACEBACK=1 shows where).
+Exit codes: 0 done, 1 failed on the way, 2 something given to it was wrong: one line says what, and MRCNN_TRACEBACK=1
+shows where.
 """
 
 from __future__ import annotations
@@ -8,22 +9,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from jobs.config import TrainConfig, TrainJob
 from jobs.presets import PRESETS
+from pipelines.config import BuildConfig
 
-Encoding = Literal["raw", "jpeg", "png"]
 Preset = Literal["r50_fpn", "r101_fpn", "r18_fpn_small", "toy"]
 assert set(PRESETS) == set(Preset.__args__)  # type: ignore[attr-defined]
 
 DESCRIPTION = """Mask R-CNN on Ray: from images in an object store to masks.
 
-A URI is a local path or s3://bucket/prefix. The S3 endpoint and credentials come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and
-AWS_SECRET_ACCESS_KEY, MLflow's address from MLFLOW_TRACKING_URI, a running Ray cluster's from RAY_ADDRESS."""
+A URI is a local path or s3://bucket/prefix. The S3 endpoint and credentials come from AWS_ENDPOINT_URL,
+AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLflow's address from MLFLOW_TRACKING_URI, a running Ray cluster's from RAY_ADDRESS."""
 
 
 def toy_data(out: str, images: int = 600, seed: int = 0, size: int = 128) -> None:
@@ -42,40 +42,18 @@ def toy_data(out: str, images: int = 600, seed: int = 0, size: int = 128) -> Non
 
 
 def build_data(
-    images: str,
-    annotations: str,
-    out: str,
-    *,
-    shorter_side: int = 800,
-    longer_side: int = 1333,
-    encoding: Encoding = "raw",
-    rows_per_shard: int = 256,
+    config: Annotated[BuildConfig, tyro.conf.arg(name="")],
     cpus: int | None = None,
 ) -> None:
     """Decode and resize images, and write them with their annotations as Arrow shards.
 
     Args:
-        images: URI of the folder that file names in the annotations are relative to.
-        annotations: URI of a COCO JSON file (instances or person keypoints).
-        out: URI of a folder for the shards, manifest.json and rejects.parquet.
-        shorter_side: Pixels of the shorter side after resizing.
-        longer_side: Bound of the longer side, in pixels; it wins.
-        encoding: raw (fastest to read), jpeg (quality 95, smallest) or png.
-        rows_per_shard: Images of a shard.
+        config: What to build from what.
         cpus: CPUs of the Ray that is started on this machine; by default all.
     """
     from jobs.cluster import ray_session
-    from pipelines.build import BuildConfig, build
+    from pipelines.build import build
 
-    config = BuildConfig(
-        images=images,
-        annotations=annotations,
-        out=out,
-        shorter_side=shorter_side,
-        longer_side=longer_side,
-        encoding=encoding,
-        rows_per_shard=rows_per_shard,
-    )
     with ray_session(cpus):
         print(build(config))
 
@@ -174,32 +152,34 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class TrainArguments(TrainJob):
-    """Everything after `mrcnn train PRESET`."""
-
-    cpus: int | None = None
-    """CPUs of the Ray that is started on this machine; by default all."""
-    config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig()
-    """What decides the outcome of the training."""
-
-
 def run_train(preset: str, arguments: Sequence[str]) -> None:
     """`mrcnn train PRESET ...`: the preset gives the defaults of all settings."""
-    parsed = tyro.cli(
-        TrainArguments, args=arguments, default=_train_defaults(preset), prog=f"mrcnn train {preset}"
-    )
+    job, config, cpus = parse_train(preset, arguments)
     from jobs.cluster import ray_session
     from jobs.train import train as run
 
-    job = TrainJob(**{f.name: getattr(parsed, f.name) for f in fields(TrainJob)})
-    with ray_session(parsed.cpus):
-        print(run(job, parsed.config))
+    with ray_session(cpus):
+        print(run(job, config))
 
 
-def _train_defaults(preset: str) -> TrainArguments:
-    missing: Any = tyro.MISSING
-    return TrainArguments(data=missing, val_data=missing, storage=missing, run=missing, config=PRESETS[preset])
+def parse_train(preset: str, arguments: Sequence[str]) -> tuple[TrainJob, TrainConfig, int | None]:
+    """The words after `mrcnn train PRESET`: what to train, its settings, and CPUs for a Ray of one's own."""
+
+    def collect(
+        job: Annotated[TrainJob, tyro.conf.arg(name="")],
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS[preset],
+        cpus: int | None = None,
+    ) -> tuple[TrainJob, TrainConfig, int | None]:
+        """Train a model with Ray Train, from the settings of a preset.
+
+        Args:
+            job: What to train on, where to keep it, with how many workers.
+            config: What decides the outcome of the training.
+            cpus: CPUs of the Ray that is started on this machine; by default all.
+        """
+        return job, config, cpus
+
+    return tyro.cli(collect, args=arguments, prog=f"mrcnn train {preset}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

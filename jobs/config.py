@@ -109,7 +109,14 @@ class TrainConfig:
     """Validation images drawn with their detections at each evaluation."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "global_batch",
+            "log_every",
+            "evaluate_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             value = getattr(self, name)
             require(value >= 1, name, value, "at least 1", "give a positive number")
         require(0 <= self.flip <= 1, "flip", self.flip, "a probability", "0.5 flips every other image")

@@ -1,7 +1,7 @@
 """`make demo`: the whole way on toy data, with the commands that a user types, against a real S3 server.
 
-Each command runs as its own process and is printed before it runs. The server lives as long as the demo; what one wants to look
-at afterwards (MLflow's database and artifacts, predictions, overlays) is in the demo's folder.
+Each command runs as its own process and is printed before it runs. The server lives as long as the demo; what one
+wants to look at afterwards (MLflow's database and artifacts, predictions, overlays) is in the demo's folder.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class _Shell:
             if found:
                 self.speeds[stage] = float(found[-1])
         if process.wait():
-            raise RuntimeError(f"the demo stopped: mrcnn {command.split()[0]} failed with exit code {process.returncode}")
+            raise RuntimeError(
+                f"the demo stopped: mrcnn {command.split()[0]} failed with exit code {process.returncode}"
+            )
 
 
 def run_demo(out: str) -> None:

@@ -24,11 +24,15 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
     """SGD on what is not frozen; no weight decay on biases and normalisation, as their scale means nothing."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if parameter.dim() > 1 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return torch.optim.SGD(groups, lr=config.base_lr, momentum=config.momentum)
 
 

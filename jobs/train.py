@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from jobs import tracking
 from jobs.checkpoint import Checkpoints
 from jobs.config import TrainConfig, TrainJob
-from jobs.worker import WorkerSettings, train_worker
+from jobs.worker import OUTCOME_FILE, Outcome, WorkerSettings, train_worker
 from pipelines.loader import ShardDataset
 from pipelines.storage import Store, open_store
 
@@ -39,17 +39,14 @@ class TrainSummary:
 
     run_id: str
     model_uri: str
-    step: int
-    metrics: dict[str, float]
-    """Of the last evaluation"""
-    images_per_second: float
-    """Of training proper, over all workers, evaluation and start-up left out; 0 if nothing was left to train"""
+    outcome: Outcome
     seconds: float
 
     def __str__(self) -> str:
-        ap = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in self.metrics.items())
+        ap = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in self.outcome.metrics.items())
         return (
-            f"trained to step {self.step} in {self.seconds:.0f} s, {self.images_per_second:.1f} images/s\n"
+            f"trained to step {self.outcome.step} in {self.seconds:.0f} s, "
+            f"{self.outcome.images_per_second:.1f} images/s\n"
             f"{ap}\nmodel       {self.model_uri}\nMLflow run  {self.run_id}"
         )
 
@@ -65,7 +62,8 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     config = _fit_to_data(config, data, val_data)
     if config.global_batch % job.workers:
         raise ValueError(
-            f"global_batch is {config.global_batch}, which {job.workers} workers cannot share equally: change one of them"
+            f"global_batch is {config.global_batch}, which {job.workers} workers cannot share equally: "
+            "change one of them"
         )
     use_gpu = _check_cluster(job.workers)
     run_store = open_store(job.storage).join(job.run)
@@ -82,19 +80,13 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     logger = tracking.RunLogger(handle)
     started = time.monotonic()
     try:
-        metrics = _fit(settings, workers=job.workers, use_gpu=use_gpu, ray_storage=f"{run_store.uri}/ray")
+        outcome = _fit(settings, workers=job.workers, use_gpu=use_gpu)
     except BaseException:
         logger.finish("FAILED")
         raise
     logger.finish("FINISHED")
-    return TrainSummary(
-        run_id=handle.run_id,
-        model_uri=run_store.uri_of("model"),
-        step=int(metrics.pop("step")),
-        images_per_second=metrics.pop("images_per_second"),
-        metrics=metrics,
-        seconds=time.monotonic() - started,
-    )
+    seconds = time.monotonic() - started
+    return TrainSummary(handle.run_id, run_store.uri_of("model"), outcome, seconds)
 
 
 def _fit_to_data(config: TrainConfig, data: ShardDataset, val_data: ShardDataset) -> TrainConfig:
@@ -158,37 +150,51 @@ def _check_unchanged(store: Store, known: dict[str, Any], config: TrainConfig, d
     forbidden = sorted(set(changed) - FREE_TO_CHANGE)
     if forbidden:
         details = ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in forbidden)
-        raise ValueError(f"{store.uri} was begun with other settings ({details}): resume with the same, or start a new run")
+        raise ValueError(
+            f"{store.uri} was begun with other settings ({details}): resume with the same, or start a new run"
+        )
 
 
-def _fit(settings: WorkerSettings, *, workers: int, use_gpu: bool, ray_storage: str) -> dict[str, float]:
+def _fit(settings: WorkerSettings, *, workers: int, use_gpu: bool) -> Outcome:
     # Ray keeps its own small notes under a name of this attempt: ours is the state that training resumes from, so
     # neither a finished attempt nor another version of Ray stands in the way.
-    attempt = f"attempt-{time.time_ns() // 1_000_000}"
+    store = open_store(settings.run_uri)
+    if store.exists(OUTCOME_FILE):
+        store.remove(OUTCOME_FILE)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=RunConfig(
-            name=attempt, storage_path=ray_storage, failure_config=FailureConfig(max_failures=MAX_FAILURES)
+            name=f"attempt-{time.time_ns() // 1_000_000}",
+            storage_path=f"{settings.run_uri}/ray",
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Train v2 has it
         ),
     )
     try:
-        result = trainer.fit()
+        trainer.fit()
     except TrainingFailedError as error:
         raise _plain_error(error, settings) from error
-    assert result.metrics is not None
-    return dict(result.metrics)
+    outcome = Outcome(**json.loads(store.read_bytes(OUTCOME_FILE)))
+    if outcome.failure:
+        raise RuntimeError(f"{outcome.failure}; {_newest_checkpoint(settings)}")
+    return outcome
 
 
 def _plain_error(error: TrainingFailedError, settings: WorkerSettings) -> Exception:
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-    saved = Checkpoints(settings.run_uri).steps()
-    where = f"the newest checkpoint is of step {saved[-1]}: go on with --resume" if saved else "there is no checkpoint"
     for failure in failures.values():
         cause = failure.__cause__ or failure
         if isinstance(cause, ValueError):
             return ValueError(str(cause))
-        return RuntimeError(f"training failed in {settings.run_uri} ({type(cause).__name__}: {cause}); {where}")
-    return RuntimeError(f"training failed in {settings.run_uri} ({error}); {where}")
+        return RuntimeError(f"training failed ({type(cause).__name__}: {cause}); {_newest_checkpoint(settings)}")
+    return RuntimeError(f"training failed ({error}); {_newest_checkpoint(settings)}")
+
+
+def _newest_checkpoint(settings: WorkerSettings) -> str:
+    saved = Checkpoints(settings.run_uri).steps()
+    if not saved:
+        return f"{settings.run_uri} has no checkpoint"
+    return f"the newest checkpoint in {settings.run_uri} is of step {saved[-1]}: go on with --resume"

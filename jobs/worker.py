@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray.train
@@ -16,15 +17,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.checkpoint import Checkpoints, Progress
 from jobs.config import TrainConfig
-from jobs.engine import Engine, Losses, check_finite, learning_rate, read_losses
-from jobs.evaluate import ground_truth, predict_rows
+from jobs.engine import Engine, Losses, NonFiniteLossError, check_finite, learning_rate, read_losses
+from jobs.evaluate import JudgedRow, judge_rows, metrics_of
 from jobs.tracking import RunHandle, RunLogger
-from mrcnn.evaluation import Metrics, evaluate_coco
+from mrcnn.evaluation import Metrics
 from mrcnn.model import MaskRCNN
 from mrcnn.visualize import draw_detections
 from mrcnn.weights import load_weights, model_files
 from pipelines.loader import Batch, ShardDataset, batches
 from pipelines.storage import open_store
+
+OUTCOME_FILE = "outcome.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended."""
+
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last evaluation"""
+    images_per_second: float = 0.0
+    """Of training proper, over all workers; 0 if nothing was left to train"""
+    failure: str | None = None
+    """Why the workers gave up, if they did"""
 
 
 @dataclass(frozen=True)
@@ -41,8 +57,17 @@ class WorkerSettings:
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
-    """Ray Train's entry: train to the last step, from the newest checkpoint if there is one."""
-    _Worker(loop_config["settings"]).run()
+    """Ray Train's entry: train to the last step, from the newest checkpoint if there is one.
+
+    How it ended goes to OUTCOME_FILE in the run's folder: Ray brings back metrics only with a checkpoint of its own.
+    """
+    settings: WorkerSettings = loop_config["settings"]
+    try:
+        outcome = _Worker(settings).run()
+    except NonFiniteLossError as error:  # on all ranks at once; another try would end the same, so do not ask for one
+        outcome = Outcome(failure=str(error))
+    if ray.train.get_context().get_world_rank() == 0:
+        open_store(settings.run_uri).write_bytes(OUTCOME_FILE, json.dumps(asdict(outcome), indent=1).encode())
 
 
 class _Worker:
@@ -65,7 +90,8 @@ class _Worker:
         self.engine = Engine(distributed or self.model, self.config, device)
         self.meter = Meter(self.config)
 
-    def run(self) -> None:
+    def run(self) -> Outcome:
+        """Train what is left, evaluate, export the model."""
         saved = self.checkpoints.steps()
         if saved:
             self.checkpoints.restore(self.model, self.engine, saved[-1])
@@ -81,14 +107,15 @@ class _Worker:
             threads=self.config.loader_threads,
             size_divisor=self.config.model.input.size_divisor,
         )
-        metrics: dict[str, float] = {}
+        metrics: dict[str, float] | None = None
         with closing(stream):  # type: ignore[type-var]
             while self.engine.step < self.config.steps:
                 self._train_step(stream)
-                metrics = self._after_step() or metrics
+                metrics = self._after_step()
         self._export()
-        metrics = metrics or self._evaluate()  # nothing was left to train
-        ray.train.report({**metrics, "step": self.engine.step, "images_per_second": self.meter.images_per_second})
+        if metrics is None:  # nothing was left to train
+            metrics = self._evaluate()
+        return Outcome(self.engine.step, metrics, self.meter.images_per_second)
 
     def _train_step(self, stream: Iterator[Batch]) -> None:
         with self.meter.waiting_for_data():
@@ -113,6 +140,7 @@ class _Worker:
     def _log(self) -> None:
         step = self.engine.step
         losses, speed = self.meter.read()
+        losses = mean_over_ranks(losses, self.world_size, self.engine.device)
         check_finite(losses, step)
         if self.logger:
             rate = learning_rate(step - 1, self.config)
@@ -121,14 +149,12 @@ class _Worker:
         self._say(progress_line(step, self.config.steps, losses, speed, self.config.global_batch))
 
     def _evaluate(self) -> dict[str, float]:
-        """COCO AP on every validation image: each rank detects in its share, rank 0 computes."""
+        """COCO AP on every validation image: each rank detects in its share, rank 0 computes and has the numbers."""
         mine = range(self.rank, len(self.val_data), self.world_size)
-        results = predict_rows(self.model, self.val_data, mine, batch_size=1)
-        gathered = gather(results, self.rank, self.world_size)
+        rows = gather(judge_rows(self.model, self.val_data, mine), self.rank, self.world_size)
         if self.logger is None:
             return {}
-        found = evaluate_coco(ground_truth(self.val_data), gathered)
-        metrics = ap_metrics(found)
+        metrics = ap_metrics(metrics_of(rows, self.val_data.categories))
         self.logger.metrics(metrics, self.engine.step)
         self._log_pictures()
         self._say(f"step {self.engine.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
@@ -222,10 +248,19 @@ def ap_metrics(found: Metrics) -> dict[str, float]:
     }
 
 
-def gather(results: list[dict[str, Any]], rank: int, world_size: int) -> list[dict[str, Any]]:
-    """All ranks' COCO results on rank 0; elsewhere an empty list."""
+def mean_over_ranks(values: dict[str, float], world_size: int, device: torch.device) -> dict[str, float]:
+    """The same numbers on every rank."""
     if world_size == 1:
-        return results
+        return values
+    sums = torch.tensor(list(values.values()), device=device)
+    dist.all_reduce(sums)
+    return dict(zip(values, (sums / world_size).tolist(), strict=True))
+
+
+def gather(rows: list[JudgedRow], rank: int, world_size: int) -> list[JudgedRow]:
+    """All ranks' rows on rank 0; elsewhere an empty list."""
+    if world_size == 1:
+        return rows
     everyone: list[Any] | None = [None] * world_size if rank == 0 else None
-    dist.gather_object(results, everyone)
-    return [result for part in everyone or [] for result in part]
+    dist.gather_object(rows, everyone)
+    return [row for part in everyone or [] for row in part]

@@ -27,7 +27,7 @@ class BackboneConfig:
     name: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """Depth of the ResNet."""
     norm: Norm = "frozen_bn"
-    """Normalisation of the body: frozen_bn with pretrained weights, bn, sync_bn or gn where it is trained from scratch."""
+    """Normalisation of the body: frozen_bn with pretrained weights, bn, sync_bn or gn where it starts from scratch."""
     frozen_stages: int = 2
     """How many stages stay as loaded, counted from the stem: 0 none, 1 the stem, 2 stem and res2, ... 5 all."""
     fpn_channels: int = 256
@@ -36,7 +36,13 @@ class BackboneConfig:
     """Normalisation after each pyramid convolution; the paper has none, training from scratch wants one."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.frozen_stages <= 5, "backbone.frozen_stages", self.frozen_stages, "0 to 5", "5 freezes the whole body")
+        require(
+            0 <= self.frozen_stages <= 5,
+            "backbone.frozen_stages",
+            self.frozen_stages,
+            "0 to 5",
+            "5 freezes the whole body",
+        )
         require(self.fpn_channels > 0, "backbone.fpn_channels", self.fpn_channels, "positive", "the paper has 256")
 
 
@@ -74,11 +80,34 @@ class RPNConfig:
     """Where the box loss turns from quadratic to linear."""
 
     def __post_init__(self) -> None:
-        require(len(self.anchor_sizes) == 5, "rpn.anchor_sizes", self.anchor_sizes, "five numbers", "one for each of P2..P6")
-        require(0 <= self.negative_iou <= self.positive_iou <= 1, "rpn.negative_iou", self.negative_iou,
-                f"between 0 and positive_iou ({self.positive_iou})", "the paper has 0.3 and 0.7")
-        require(0 < self.positive_fraction < 1, "rpn.positive_fraction", self.positive_fraction, "between 0 and 1", "the paper has 0.5")
-        require(self.batch_size_per_image > 0, "rpn.batch_size_per_image", self.batch_size_per_image, "positive", "256 is usual")
+        require(
+            len(self.anchor_sizes) == 5,
+            "rpn.anchor_sizes",
+            self.anchor_sizes,
+            "five numbers",
+            "one for each of P2..P6",
+        )
+        require(
+            0 <= self.negative_iou <= self.positive_iou <= 1,
+            "rpn.negative_iou",
+            self.negative_iou,
+            f"between 0 and positive_iou ({self.positive_iou})",
+            "the paper has 0.3 and 0.7",
+        )
+        require(
+            0 < self.positive_fraction < 1,
+            "rpn.positive_fraction",
+            self.positive_fraction,
+            "between 0 and 1",
+            "the paper has 0.5",
+        )
+        require(
+            self.batch_size_per_image > 0,
+            "rpn.batch_size_per_image",
+            self.batch_size_per_image,
+            "positive",
+            "256 is usual",
+        )
 
 
 @dataclass(frozen=True)
@@ -127,10 +156,34 @@ class RoIConfig:
     """A pixel belongs to the object from this probability on."""
 
     def __post_init__(self) -> None:
-        require(self.batch_size_per_image > 0, "roi.batch_size_per_image", self.batch_size_per_image, "positive", "the paper has 512")
-        require(0 < self.positive_fraction <= 1, "roi.positive_fraction", self.positive_fraction, "in (0, 1]", "the paper has 0.25")
-        require(0 <= self.score_threshold < 1, "roi.score_threshold", self.score_threshold, "in [0, 1)", "0.05 is usual")
-        require(self.max_detections > 0, "roi.max_detections", self.max_detections, "positive", "the paper has 100")
+        require(
+            self.batch_size_per_image > 0,
+            "roi.batch_size_per_image",
+            self.batch_size_per_image,
+            "positive",
+            "the paper has 512",
+        )
+        require(
+            0 < self.positive_fraction <= 1,
+            "roi.positive_fraction",
+            self.positive_fraction,
+            "in (0, 1]",
+            "the paper has 0.25",
+        )
+        require(
+            0 <= self.score_threshold < 1,
+            "roi.score_threshold",
+            self.score_threshold,
+            "in [0, 1)",
+            "0.05 is usual",
+        )
+        require(
+            self.max_detections > 0,
+            "roi.max_detections",
+            self.max_detections,
+            "positive",
+            "the paper has 100",
+        )
 
 
 @dataclass(frozen=True)
@@ -149,9 +202,20 @@ class InputConfig:
     """Height and width are padded to a multiple of it."""
 
     def __post_init__(self) -> None:
-        require(0 < self.shorter_side <= self.longer_side, "input.shorter_side", self.shorter_side,
-                f"positive and at most longer_side ({self.longer_side})", "the paper has 800 and 1333")
-        require(self.size_divisor % 32 == 0, "input.size_divisor", self.size_divisor, "a multiple of 32", "the deepest stage has stride 32")
+        require(
+            0 < self.shorter_side <= self.longer_side,
+            "input.shorter_side",
+            self.shorter_side,
+            f"positive and at most longer_side ({self.longer_side})",
+            "the paper has 800 and 1333",
+        )
+        require(
+            self.size_divisor % 32 == 0,
+            "input.size_divisor",
+            self.size_divisor,
+            "a multiple of 32",
+            "the deepest stage has stride 32",
+        )
 
 
 @dataclass(frozen=True)
@@ -170,7 +234,13 @@ class ModelConfig:
     """From an RGB image to what the network sees."""
 
     def __post_init__(self) -> None:
-        require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1", "it counts classes without background")
+        require(
+            self.num_classes >= 1,
+            "num_classes",
+            self.num_classes,
+            "at least 1",
+            "it counts classes without background",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict of numbers, strings and lists, for JSON."""

@@ -1,8 +1,8 @@
 """Which anchor or RoI learns from which object, and which of them are sampled.
 
-Everything here has shapes that depend on shapes only, never on values, so a training step on a GPU does not wait for the
-host. Sampling draws no random numbers from a generator: an image's seed alone decides, so that the same image is sampled alike
-on any number of workers and after any restart.
+Everything here has shapes that depend on shapes only, never on values, so a training step on a GPU does not wait for
+the host. Sampling draws no random numbers from a generator: an image's seed alone decides, so that the same image is
+sampled alike on any number of workers and after any restart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mrcnn.boxes import box_area, box_iou, intersection
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 
-# A negative that lies in a crowd region by more than this share of its area may well hold an object (Detectron's value).
+# A negative of which more than this share lies in a crowd may well hold an object (Detectron's value).
 CROWD_OVERLAP = 0.7
 
 

@@ -53,9 +53,7 @@ class MaskRCNN(nn.Module):
         boxes = self.roi_heads.detect(features, proposals, images.sizes)
         masks = self.roi_heads.masks(features, boxes)
         sizes = images.sizes.tolist()
-        return [
-            self._in_source_pixels(*one) for one in zip(boxes, masks, sizes, source_sizes, strict=True)
-        ]
+        return [self._in_source_pixels(*one) for one in zip(boxes, masks, sizes, source_sizes, strict=True)]
 
     def features(self, images: ImageBatch) -> list[Tensor]:
         """P2..P6 of the normalised images."""
@@ -75,9 +73,7 @@ class MaskRCNN(nn.Module):
         network_images = []
         for i, image in enumerate(images):
             check_image(image, f"images[{i}]")
-            size = resized_size(
-                *image.shape[:2], shorter_side=settings.shorter_side, longer_side=settings.longer_side
-            )
+            size = resized_size(*image.shape[:2], shorter_side=settings.shorter_side, longer_side=settings.longer_side)
             network_images.append(resize_image(image, *size))
         return self.predict_resized(network_images, [im.shape[:2] for im in images], batch_size=batch_size)
 

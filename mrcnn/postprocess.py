@@ -17,8 +17,8 @@ CHUNK_PIXELS = 1 << 24
 def paste_masks(probs: Tensor, boxes: Tensor, image_size: tuple[int, int], *, threshold: float = 0.5) -> Tensor:
     """Resample probs (D, M, M) over boxes (D, 4) xyxy -> (D, H, W) bool, `probability >= threshold`.
 
-    A pixel's value is read at its centre, bilinearly, with zeros around the mask, as detectron2 does. Boxes may lie partly or
-    wholly outside; a box without area has an empty mask.
+    A pixel's value is read at its centre, bilinearly, with zeros around the mask, as detectron2 does. Boxes may lie
+    partly or wholly outside; a box without area has an empty mask.
     """
     chunks = list(_pasted(probs, boxes, image_size, threshold))
     return torch.cat(chunks) if chunks else torch.zeros(0, *image_size, dtype=torch.bool, device=probs.device)

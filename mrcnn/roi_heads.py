@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -80,9 +81,7 @@ class MaskHead(nn.Module):
     def __init__(self, channels: int, num_classes: int, config: RoIConfig) -> None:
         super().__init__()
         widths = [channels] + [config.mask_channels] * config.mask_convs
-        self.convs = nn.Sequential(
-            *(conv_norm_relu(a, b, config.mask_norm) for a, b in zip(widths[:-1], widths[1:], strict=True))
-        )
+        self.convs = nn.Sequential(*(conv_norm_relu(a, b, config.mask_norm) for a, b in pairwise(widths)))
         self.deconv = nn.ConvTranspose2d(widths[-1], config.mask_channels, 2, stride=2)
         self.mask_logits = nn.Conv2d(config.mask_channels, num_classes, 1)
         for layer in (self.deconv, self.mask_logits):
@@ -158,7 +157,10 @@ class RoIHeads(nn.Module):
     ) -> dict[str, Tensor]:
         """loss_classifier, loss_box_reg and loss_mask."""
         rois = self.sample_rois(proposals, targets)
-        return {**self._box_losses(features, rois, targets), **self._mask_loss(features, rois, sizes, targets)}
+        return {
+            **self._box_losses(features, rois, targets),
+            **self._mask_loss(features, rois, sizes, targets),
+        }
 
     def _box_losses(self, features: Sequence[Tensor], rois: SampledRoIs, targets: Targets) -> dict[str, Tensor]:
         config = self.config
@@ -221,9 +223,7 @@ class RoIHeads(nn.Module):
         scores = class_logits.softmax(dim=1)[:, 1:].reshape(B, P, -1)
         scores = torch.where(proposals.valid[..., None], scores, 0.0)
         box_deltas = box_deltas.reshape(B, P, -1, 4)
-        return [
-            self._select(scores[i], box_deltas[i], proposals.boxes[i], sizes[i : i + 1]) for i in range(B)
-        ]
+        return [self._select(scores[i], box_deltas[i], proposals.boxes[i], sizes[i : i + 1]) for i in range(B)]
 
     def _select(self, scores: Tensor, box_deltas: Tensor, proposals: Tensor, size: Tensor) -> BoxResult:
         config = self.config

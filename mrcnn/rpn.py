@@ -104,7 +104,13 @@ class RPN(nn.Module):
         config = self.config
         ground_truth = zip(targets.boxes, targets.labels, targets.iscrowd, strict=True)
         matched = [
-            match(anchors, *gt, positive_iou=config.positive_iou, negative_iou=config.negative_iou, keep_best=True)
+            match(
+                anchors,
+                *gt,
+                positive_iou=config.positive_iou,
+                negative_iou=config.negative_iou,
+                keep_best=True,
+            )
             for gt in ground_truth
         ]
         matched_idxs, kinds = (torch.stack(part) for part in zip(*matched, strict=True))

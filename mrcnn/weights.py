@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from mrcnn.config import ModelConfig
@@ -59,14 +59,24 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> Mas
             raise FileNotFoundError(
                 f"{folder / name} does not exist: a model is a folder with {WEIGHTS_FILE} and {CONFIG_FILE}"
             )
+    files = {name: (folder / name).read_bytes() for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    return model_from_files(files, str(folder), device=device)
+
+
+def model_from_files(files: Mapping[str, bytes], source: str, *, device: torch.device | str = "cpu") -> MaskRCNN:
+    """The model of `model_files`, in evaluation mode; errors (ValueError) name `source`."""
     try:
-        data = json.loads((folder / CONFIG_FILE).read_text())
+        data = json.loads(files[CONFIG_FILE])
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is not JSON ({error}): export the model again") from error
+        raise ValueError(f"{source}/{CONFIG_FILE} is not JSON ({error}): export the model again") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG_FILE} is not of format {FORMAT!r}: export the model with this version")
+        raise ValueError(f"{source}/{CONFIG_FILE} is not of format {FORMAT!r}: export the model with this version")
+    try:
+        state = load(files[WEIGHTS_FILE])
+    except SafetensorError as error:
+        raise ValueError(f"{source}/{WEIGHTS_FILE} cannot be read as weights ({error}): export it again") from error
     model = MaskRCNN(ModelConfig.from_dict(data["model"]), [Category(**c) for c in data["categories"]])
-    _load_strictly(model, read_state(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+    _load_strictly(model, state, f"{source}/{WEIGHTS_FILE}")
     return model.to(device).eval()
 
 
@@ -98,10 +108,10 @@ def load_weights(model: MaskRCNN, file: str | Path) -> None:
         state = {body_name(name): value for name, value in state.items() if not name.startswith("fc.")}
         own = {f"backbone.{k}" for k in model.backbone.state_dict() if k.startswith(("stem.", "stages."))}
         state = {k: v for k, v in state.items() if k in own or not k.endswith("num_batches_tracked")}
-        _check_names(own, set(state), Path(file))
+        _check_names(own, set(state), str(file))
         full = model.state_dict()
         state = {**full, **state}
-    _load_strictly(model, state, Path(file))
+    _load_strictly(model, state, str(file))
 
 
 def body_name(name: str) -> str:
@@ -112,7 +122,7 @@ def body_name(name: str) -> str:
     return f"backbone.stem.{ {'conv1': 0, 'bn1': 1}.get(head, head) }.{tail}"
 
 
-def _check_names(expected: set[str], given: set[str], file: Path) -> None:
+def _check_names(expected: set[str], given: set[str], file: str) -> None:
     missing, left_over = sorted(expected - given), sorted(given - expected)
     if missing or left_over:
         raise ValueError(
@@ -121,7 +131,7 @@ def _check_names(expected: set[str], given: set[str], file: Path) -> None:
         )
 
 
-def _load_strictly(model: MaskRCNN, state: Mapping[str, Tensor], file: Path) -> None:
+def _load_strictly(model: MaskRCNN, state: Mapping[str, Tensor], file: str) -> None:
     own = model.state_dict()
     _check_names(set(own), set(state), file)
     for name, value in state.items():

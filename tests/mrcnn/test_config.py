@@ -39,7 +39,10 @@ def test_every_setting_is_explained(cls: type) -> None:
     """Attribute docstrings become the help of the command line."""
     import inspect
 
-    for each in [cls, *(f.default_factory for f in dataclasses.fields(cls) if isinstance(f.default_factory, type))]:
+    for each in [
+        cls,
+        *(f.default_factory for f in dataclasses.fields(cls) if isinstance(f.default_factory, type)),
+    ]:
         source = inspect.getsource(each)
         for f in dataclasses.fields(each):
             after = source.split(f"    {f.name}: ", 1)[1].split("\n", 1)[1]

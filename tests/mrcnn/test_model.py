@@ -110,7 +110,10 @@ def test_a_few_steps_learn_two_images() -> None:
 
 def test_predictions_are_in_source_pixels_and_sorted() -> None:
     model = lively(small_model())
-    images = [np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8) for i, size in enumerate([(50, 200), (300, 240)])]
+    images = [
+        np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)
+        for i, size in enumerate([(50, 200), (300, 240)])
+    ]
     for image, found in zip(images, model.predict(images), strict=True):
         assert len(found) > 0
         assert found.image_size == image.shape[:2]

@@ -28,7 +28,13 @@ def boxes() -> torch.Tensor:
     corner = torch.rand(30, 2, generator=generator) * torch.tensor([150.0, 110.0]) - 10
     side = torch.rand(30, 2, generator=generator) * 90 + 0.3
     special = torch.tensor(
-        [[0, 0, 131, 97], [-40, -30, 200, 150], [-50, -50, -5, -5], [140, 20, 180, 60], [12.3, 4.5, 12.9, 5.2]]
+        [
+            [0, 0, 131, 97],
+            [-40, -30, 200, 150],
+            [-50, -50, -5, -5],
+            [140, 20, 180, 60],
+            [12.3, 4.5, 12.9, 5.2],
+        ]
     )
     return torch.cat([torch.cat([corner, corner + side], dim=1), special])
 

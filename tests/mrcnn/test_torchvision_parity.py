@@ -1,7 +1,7 @@
 """Our model against torchvision's with the same weights: proposals, detections, masks and the five losses.
 
-The random network is scaled up so that its outputs spread widely: any difference in anchors, coding, sampling or pooling shows.
-The inputs are multiples of 64, where torchvision's stride of P6 (image // grid) is the true one.
+The random network is scaled up so that its outputs spread widely: any difference in anchors, coding, sampling or
+pooling shows. The inputs are multiples of 64, where torchvision's stride of P6 (image // grid) is the true one.
 """
 
 import dataclasses

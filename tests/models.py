@@ -1,4 +1,4 @@
-"""A small model and small batches for the tests of this room."""
+"""A small model and small batches for the tests."""
 
 from __future__ import annotations
 

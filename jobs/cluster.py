@@ -1,0 +1,114 @@
+"""Start or join a Ray cluster, quietly and explicitly. Imports Ray only when asked to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# What workers on other machines need to reach the same buckets and the same MLflow; sent, never logged.
+SHIPPED = (
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL",
+    "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
+)  # fmt: skip
+
+CONNECT_SECONDS = 5.0
+
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its coming default; unset, Ray warns of it in every worker
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here listens to it yet, and it warns of itself
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it makes every print a log line too, and overrides redirect_stdout
+}
+
+
+@contextmanager
+def ray_session(cpus: int | None = None) -> Iterator[None]:
+    """A Ray to work with: the one at RAY_ADDRESS, else one on this machine with `cpus` CPUs (default: all of
+    them).
+
+    It ends with the block. Within a process that has a Ray already this does nothing. Raises ValueError for a
+    bad number of CPUs or a cluster that cannot be reached.
+    """
+    if cpus is not None and cpus < 1:
+        raise ValueError(f"--cpus is {cpus}, but must be at least 1")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    if address in (None, "local"):
+        _authenticate_locally()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    _connect(address, cpus)
+    try:
+        _quiet_progress()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None, cpus: int | None) -> None:
+    import ray
+
+    common: dict[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
+    if address in (None, "local"):
+        ray.init(address="local", num_cpus=cpus, include_dashboard=True, dashboard_host="127.0.0.1", **common)
+        return
+    _check_reachable(address)
+    try:
+        ray.init(address=address, runtime_env={"env_vars": _shipped_environment()}, **common)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"no Ray cluster at RAY_ADDRESS={address} ({reason}): start it, or unset RAY_ADDRESS"
+        ) from None
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes before it gives up on a wrong host or port."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if not separator or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"no Ray cluster at RAY_ADDRESS={address} ({error}): start it, or unset RAY_ADDRESS") from None
+
+
+def _shipped_environment() -> dict[str, str]:
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # a submitted job: its own runtime_env has reached the workers
+        return {}
+    return {name: os.environ[name] for name in SHIPPED if name in os.environ}
+
+
+def _authenticate_locally() -> None:
+    """A token for this session alone, in the environment that all its processes inherit.
+
+    A local Ray turns token authentication on by itself. Without a token it would write one to the home
+    directory, and a later `ray start` on this machine would then ask for it from clients that know nothing of
+    it. (Setting RAY_AUTH_MODE=token here is too late where Ray was imported before: the driver would go
+    without.)
+    """
+    if "RAY_AUTH_MODE" not in os.environ and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _quiet_progress() -> None:
+    """Ray Data's bars only where someone watches them; its log lines only where they warn."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that the bars are off

@@ -1,0 +1,171 @@
+"""`mrcnn evaluate`: COCO's numbers on every row of validation shards, in pixels of the source images."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from pycocotools import mask as coco_mask
+
+from mrcnn.evaluation import Metrics, coco_results, evaluate_coco
+from mrcnn.model import MaskRCNN
+from mrcnn.structures import Category
+from mrcnn.weights import model_from_files
+from pipelines.loader import Row, ShardDataset
+from pipelines.predict import ModelFiles, model_pool, place_model
+from pipelines.rle import bitmap_from_ends, segmentation_ends
+from pipelines.storage import split_uri
+from pipelines.transforms import resize_mask
+
+ROWS_A_BATCH = 8  # that an actor takes at a time; the model sees them one by one
+
+
+@dataclass(frozen=True)
+class JudgedRow:
+    """One image with what is in it and what was found, as COCO has them, in source pixels."""
+
+    image: dict[str, Any]
+    annotations: list[dict[str, Any]]
+    results: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class EvaluationSummary:
+    """What an evaluation found."""
+
+    metrics: Metrics
+    model: str
+    data: str
+    images_per_second: float
+    out: str | None
+
+    def __str__(self) -> str:
+        written = f"\nwritten to {self.out}" if self.out else ""
+        return (
+            f"{self.model} on {self.metrics.images} images of {self.data}, "
+            f"{self.images_per_second:.1f} images/s\n"
+            f"{self.metrics.table()}{written}"
+        )
+
+
+def evaluate(model: str, data: str, out: str | None = None) -> EvaluationSummary:
+    """Measure a model (a folder or models:/...) on shards, with all CPUs or GPUs of the running Ray.
+
+    Raises ValueError where the model's categories are not the data's.
+    """
+    from jobs.registry import resolve_model
+
+    dataset = ShardDataset(data)
+    resolved = resolve_model(model)
+    check_categories(model_from_files(resolved.files, model), model, dataset)
+    started = time.monotonic()
+    rows = _judge_in_parallel(resolved.files, dataset)
+    seconds = time.monotonic() - started
+    metrics = metrics_of(rows, dataset.categories)
+    if out:
+        store, name = split_uri(out)
+        content = {
+            **metrics.to_dict(),
+            "model": model,
+            "data": dataset.uri,
+            "data_digest": dataset.manifest.digest,
+        }
+        store.write_bytes(name, json.dumps(content, indent=1).encode())
+    return EvaluationSummary(metrics, model, dataset.uri, len(dataset) / seconds, out)
+
+
+def check_categories(model: MaskRCNN, name: str, dataset: ShardDataset) -> None:
+    """Raise ValueError unless a label means the same to both."""
+    if model.categories != dataset.categories:
+        ours, theirs = ([f"{c.id} {c.name}" for c in x.categories] for x in (model, dataset))
+        raise ValueError(
+            f"the model {name} knows the categories {ours}, but {dataset.uri} has {theirs}: "
+            "evaluate on data with the model's categories"
+        )
+
+
+def judge_rows(model: MaskRCNN, dataset: ShardDataset, indices: Iterable[int]) -> list[JudgedRow]:
+    """Truth and detections of the rows of these numbers.
+
+    Images go through the model one by one, so that no result depends on which other images are
+    evaluated, or on how many workers.
+    """
+    judged = []
+    for index in indices:
+        row = dataset.read(index)
+        (found,) = model.predict_resized([row.image], [row.source_size])
+        height, width = row.source_size
+        judged.append(
+            JudgedRow(
+                image={"id": row.image_id, "file_name": row.uri, "height": height, "width": width},
+                annotations=[_annotation(row, instance) for instance in row.instances],
+                results=coco_results(row.image_id, found, model.categories),
+            )
+        )
+    return judged
+
+
+def metrics_of(rows: Sequence[JudgedRow], categories: Sequence[Category]) -> Metrics:
+    """pycocotools' numbers over all rows, whatever their order."""
+    ordered = sorted(rows, key=lambda row: row.image["id"])
+    annotations = [annotation for row in ordered for annotation in row.annotations]
+    truth = {
+        "images": [row.image for row in ordered],
+        "annotations": [{**annotation, "id": i} for i, annotation in enumerate(annotations, start=1)],
+        "categories": [{"id": c.id, "name": c.name} for c in categories],
+    }
+    return evaluate_coco(truth, [result for row in ordered for result in row.results])
+
+
+class _RowJudge:
+    """Actor: numbers of rows -> JudgedRows as JSON, for Arrow to carry."""
+
+    def __init__(self, files: ray.ObjectRef[ModelFiles], dataset: ShardDataset) -> None:
+        self.model, self.dataset = place_model(model_from_files(ray.get(files), "the model")), dataset
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        rows = judge_rows(self.model, self.dataset, batch["id"].tolist())
+        return {"row": [json.dumps(vars(row)) for row in rows]}
+
+
+def _judge_in_parallel(files: ModelFiles, dataset: ShardDataset) -> list[JudgedRow]:
+    blocks = -(-len(dataset) // ROWS_A_BATCH)
+    numbers = ray.data.from_items([{"id": i} for i in range(len(dataset))], override_num_blocks=blocks)
+    judged = numbers.map_batches(
+        _RowJudge,
+        fn_constructor_args=(ray.put(dict(files)), dataset),
+        batch_size=ROWS_A_BATCH,
+        **model_pool(blocks),
+    )
+    return [JudgedRow(**json.loads(row["row"])) for row in judged.iter_rows()]
+
+
+def _annotation(row: Row, instance: dict[str, Any]) -> dict[str, Any]:
+    (source_height, source_width), (height, width) = row.source_size, row.image.shape[:2]
+    scale_x, scale_y = source_width / width, source_height / height
+    x1, y1, x2, y2 = instance["box"]
+    return {
+        "image_id": row.image_id,
+        "category_id": instance["category_id"],
+        "bbox": [x1 * scale_x, y1 * scale_y, (x2 - x1) * scale_x, (y2 - y1) * scale_y],
+        "area": instance["area"] * scale_x * scale_y,
+        "iscrowd": int(instance["iscrowd"]),
+        "segmentation": _source_segmentation(row, instance["segmentation"], (scale_x, scale_y)),
+    }
+
+
+def _source_segmentation(row: Row, segmentation: dict[str, Any] | None, scale: tuple[float, float]) -> Any:
+    if segmentation is None:
+        return []
+    if segmentation["rle"] is None:
+        return [(np.asarray(each).reshape(-1, 2) * scale).ravel().tolist() for each in segmentation["polygons"]]
+    stored = (row.image.shape[0], row.image.shape[1])
+    ends = resize_mask(segmentation_ends(segmentation, *stored), stored, row.source_size)
+    rle = coco_mask.encode(np.asfortranarray(bitmap_from_ends(ends, *row.source_size)))
+    return {"size": list(row.source_size), "counts": rle["counts"].decode()}

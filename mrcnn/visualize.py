@@ -1,0 +1,187 @@
+"""Pictures of detections and of ground truth: translucent masks, outlines, thin boxes, labels."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from mrcnn.structures import Category, Detections
+
+MIN_SIDE = 800
+"""Smaller images are enlarged until their longer side has this many pixels: labels are legible then."""
+MASK_OPACITY = 0.45
+
+Color = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One object in pixels of the image."""
+
+    box: tuple[float, float, float, float]  # xyxy
+    mask: np.ndarray | None  # (H, W) bool
+    color: Color
+    text: str
+
+
+def class_color(label: int) -> Color:
+    """RGB of a label, the same in every picture; neighbouring labels are far apart in hue."""
+    hue = (label * 0.61803398875 + 0.55) % 1.0
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.85 if label % 2 else 0.65, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_detections(
+    image: np.ndarray,
+    detections: Detections,
+    categories: Sequence[Category],
+    *,
+    score_threshold: float = 0.5,
+) -> np.ndarray:
+    """The image with the detections of at least `score_threshold`, the best on top.
+
+    `image` is (H, W, 3) uint8 RGB of size `detections.image_size`; the picture may be larger (`MIN_SIDE`).
+    Raises ValueError if the sizes differ.
+    """
+    if image.shape[:2] != tuple(detections.image_size):
+        raise ValueError(
+            f"the image is {image.shape[:2]} pixels, but the detections are for {detections.image_size}: "
+            "draw on the image that was given to predict"
+        )
+    kept = [i for i, score in enumerate(detections.scores.tolist()) if score >= score_threshold]
+    return _draw(image, [_detected(detections, i, categories) for i in reversed(kept)])
+
+
+def draw_instances(
+    image: np.ndarray, instances: Sequence[Mapping[str, Any]], categories: Sequence[Category]
+) -> np.ndarray:
+    """The image with its annotations, as rows of the shards have them, in pixels of `image`.
+
+    Each instance has `label`, `box` (xyxy), `iscrowd` and `segmentation` with `polygons` or `rle`.
+    """
+    return _draw(image, [_annotated(instance, image.shape[:2], categories) for instance in instances])
+
+
+def _detected(detections: Detections, i: int, categories: Sequence[Category]) -> _Drawn:
+    label = int(detections.labels[i])
+    x1, y1, x2, y2 = detections.boxes[i].tolist()
+    return _Drawn(
+        box=(x1, y1, x2, y2),
+        mask=mask_utils.decode(detections.rles[i]).astype(bool),
+        color=class_color(label),
+        text=f"{categories[label - 1].name} {100 * float(detections.scores[i]):.0f}",
+    )
+
+
+def _annotated(instance: Mapping[str, Any], size: tuple[int, int], categories: Sequence[Category]) -> _Drawn:
+    label = instance["label"]
+    name = categories[label - 1].name
+    x1, y1, x2, y2 = instance["box"]
+    return _Drawn(
+        box=(x1, y1, x2, y2),
+        mask=_annotated_mask(instance["segmentation"], size),
+        color=class_color(label),
+        text=f"{name} (crowd)" if instance["iscrowd"] else name,
+    )
+
+
+def _annotated_mask(segmentation: Mapping[str, Any] | None, size: tuple[int, int]) -> np.ndarray | None:
+    if segmentation is None:
+        return None
+    if segmentation["polygons"]:
+        rles = mask_utils.frPyObjects([list(map(float, p)) for p in segmentation["polygons"]], *size)
+        return mask_utils.decode(mask_utils.merge(rles)).astype(bool)
+    rle = segmentation["rle"]
+    if rle is None:
+        return None
+    return mask_utils.decode({"size": list(rle["size"]), "counts": rle["counts"]}).astype(bool)
+
+
+def _draw(image: np.ndarray, objects: Sequence[_Drawn]) -> np.ndarray:
+    scale = max(1.0, MIN_SIDE / max(image.shape[:2]))
+    size = (round(image.shape[1] * scale), round(image.shape[0] * scale))  # width, height
+    canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC) if scale > 1 else image.copy()
+    canvas = np.ascontiguousarray(canvas)
+    line = max(1, round(max(size) / 600))
+    for item in objects:
+        if item.mask is not None:
+            _paint_mask(canvas, item, line)
+    for item in objects:
+        x1, y1, x2, y2 = (round(v * scale) for v in item.box)
+        cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), item.color, line, cv2.LINE_AA)
+    for item, corner in _label_places(objects, scale, canvas.shape[:2]):
+        _paint_label(canvas, item, corner)
+    return canvas
+
+
+def _paint_mask(canvas: np.ndarray, item: _Drawn, line: int) -> None:
+    """Blend the mask's colour in and draw its outline; enlarging the mask keeps its edge smooth."""
+    height, width = canvas.shape[:2]
+    assert item.mask is not None
+    soft = cv2.resize(item.mask.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    inside = soft >= 0.5
+    canvas[inside] = ((1 - MASK_OPACITY) * canvas[inside] + MASK_OPACITY * np.array(item.color, np.float32)).astype(
+        np.uint8
+    )
+    contours, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    dark = tuple(channel // 3 for channel in item.color)  # sets neighbours of one class apart
+    cv2.drawContours(canvas, contours, -1, dark, line + 1, cv2.LINE_AA)
+    cv2.drawContours(canvas, contours, -1, item.color, line, cv2.LINE_AA)
+
+
+def _font(size: tuple[int, int]) -> tuple[float, int]:
+    """Scale and thickness of the labels for a canvas of height, width."""
+    scale = max(0.4, max(size) / 2000)
+    return scale, max(1, round(scale * 1.6))
+
+
+def _label_places(
+    objects: Sequence[_Drawn], scale: float, size: tuple[int, int]
+) -> Iterator[tuple[_Drawn, tuple[int, int]]]:
+    """Upper left corner of each label: over its box or in it, moved down while it would hide another."""
+    font, thickness = _font(size)
+    taken: list[tuple[int, int, int, int]] = []
+    for item in reversed(objects):  # the best detection, drawn last, chooses first
+        width, height = _label_size(item.text, font, thickness)
+        x = min(max(round(item.box[0] * scale), 0), max(size[1] - width, 0))
+        y = round(item.box[1] * scale) - height
+        y = min(y if y >= 0 else y + height, size[0] - height)
+        while any(_overlap((x, y, width, height), other) for other in taken) and y + 2 * height <= size[0]:
+            y += height
+        taken.append((x, y, width, height))
+        yield item, (x, y)
+
+
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+    return a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]
+
+
+def _label_size(text: str, font: float, thickness: int) -> tuple[int, int]:
+    (width, height), baseline = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, font, thickness)
+    return width + 6, height + baseline + 4
+
+
+def _paint_label(canvas: np.ndarray, item: _Drawn, corner: tuple[int, int]) -> None:
+    font, thickness = _font(canvas.shape[:2])
+    width, height = _label_size(item.text, font, thickness)
+    (_, text_height), _ = cv2.getTextSize(item.text, cv2.FONT_HERSHEY_SIMPLEX, font, thickness)
+    x, y = corner
+    cv2.rectangle(canvas, (x, y), (x + width, y + height), item.color, cv2.FILLED)
+    red, green, blue = item.color
+    ink = (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 110 else (255, 255, 255)
+    cv2.putText(
+        canvas,
+        item.text,
+        (x + 3, y + text_height + 4),
+        cv2.FONT_HERSHEY_SIMPLEX,
+        font,
+        ink,
+        thickness,
+        cv2.LINE_AA,
+    )

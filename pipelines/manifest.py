@@ -1,0 +1,108 @@
+"""manifest.json: what a folder of shards holds. Written last: a folder without one is not finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from mrcnn.structures import Category
+from pipelines.schema import SCHEMA_VERSION
+from pipelines.storage import Store
+
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One finished shard file."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """images = rows + rejects, annotations = instances + rejected_annotations."""
+
+    images: int
+    rows: int
+    rejects: int
+    annotations: int
+    instances: int
+    rejected_annotations: int
+
+    def __post_init__(self) -> None:
+        assert self.images == self.rows + self.rejects, self
+        assert self.annotations == self.instances + self.rejected_annotations, self
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of manifest.json."""
+
+    categories: tuple[Category, ...]
+    """Label l is `categories[l - 1]`."""
+    build: dict[str, Any]
+    """The settings that the shards depend on, and a checksum of the annotations."""
+    shards: tuple[ShardInfo, ...]
+    totals: Totals
+    schema_version: int = SCHEMA_VERSION
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all the rest: the identity of the data set."""
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        categories = [{"label": i, **asdict(each)} for i, each in enumerate(self.categories, start=1)]
+        return {
+            "schema_version": self.schema_version,
+            "categories": categories,
+            "build": self.build,
+            "totals": asdict(self.totals),
+            "shards": [asdict(each) for each in self.shards],
+        }
+
+    def write(self, store: Store) -> None:
+        """Write manifest.json, whole or not at all."""
+        content = {"digest": self.digest, **self._content()}
+        store.write_bytes(FILE_NAME, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def read(cls, store: Store) -> Manifest:
+        """Read manifest.json. FileNotFoundError if there is none, ValueError if it is damaged or too new."""
+        try:
+            data = store.read_bytes(FILE_NAME)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{store.uri} holds no finished shards (no {FILE_NAME}): run `mrcnn build-data` first"
+            ) from None
+        try:
+            manifest = cls._parse(json.loads(data), store.uri)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"{store.uri}/{FILE_NAME} is damaged ({type(error).__name__}): build the data again"
+            ) from error
+        return manifest
+
+    @classmethod
+    def _parse(cls, content: dict[str, Any], uri: str) -> Manifest:
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(
+                f"{uri} has schema version {content['schema_version']}, this program reads {SCHEMA_VERSION}: "
+                "build the data again, or use the version that built it"
+            )
+        manifest = cls(
+            categories=tuple(Category(id=each["id"], name=each["name"]) for each in content["categories"]),
+            build=content["build"],
+            shards=tuple(ShardInfo(**each) for each in content["shards"]),
+            totals=Totals(**content["totals"]),
+        )
+        if manifest.digest != content["digest"]:
+            raise ValueError(f"{uri}/{FILE_NAME} was changed after it was written: build the data again")
+        return manifest

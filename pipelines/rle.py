@@ -1,0 +1,98 @@
+"""Masks as COCO run lengths, without making bitmaps where that can be avoided.
+
+A mask of H x W pixels is read column by column. Its runs alternate 0, 1, 0, ...; `ends` are their running
+sums, as in `mrcnn.structures.RunLengthMasks`: int64 in here, the last one H * W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+Ends = NDArray[np.int64]
+
+
+def ends_from_counts(counts: bytes) -> Ends:
+    """Decode COCO's compressed counts: base-32 digits, little end first, differences to the last but one run.
+
+    Source: pycocotools, maskApi.c, rleFrString. Raises ValueError for a string that is not one.
+    """
+    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    if digits.size == 0 or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        raise ValueError("not a compressed COCO run-length string")
+    last = np.flatnonzero((digits & 32) == 0)
+    starts = np.concatenate([[0], last[:-1] + 1])
+    lengths = last - starts + 1
+    if lengths.max() > 10:
+        raise ValueError("a run of the COCO run-length string is too long")
+    place = np.arange(digits.size) - np.repeat(starts, lengths)
+    values = np.add.reduceat((digits & 31) << (5 * place), starts)
+    values -= np.where(digits[last] & 16, np.int64(1) << (5 * lengths), 0)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])  # the first run stands alone
+    if values.min() < 0:
+        raise ValueError("a run of the COCO run-length string is negative")
+    return np.cumsum(values)
+
+
+def ends_from_bitmap(bitmap: NDArray[Any]) -> Ends:
+    """Runs of a bitmap (H, W)."""
+    flat = np.asarray(bitmap, order="F").reshape(-1, order="F").astype(bool)
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    first = [0] if flat.size and flat[0] else []
+    return np.concatenate([first, changes, [flat.size]]).astype(np.int64)
+
+
+def bitmap_from_ends(ends: Ends, height: int, width: int) -> NDArray[np.uint8]:
+    """Bitmap (H, W) of 0 and 1."""
+    lengths = np.diff(ends, prepend=0)
+    flat = np.repeat(np.arange(len(ends)) % 2, lengths).astype(np.uint8)
+    return flat.reshape((height, width), order="F")
+
+
+def flip_ends(ends: Ends, height: int, width: int) -> Ends:
+    """Mirror a mask left to right: exactly what `bitmap[:, ::-1]` gives, from run lengths alone."""
+    begin, end = ends[0:-1:2], ends[1::2]  # the runs of ones
+    column_first, column_last = begin // height, (end - 1) // height
+    pieces = np.where(end > begin, column_last - column_first + 1, 0)
+    run = np.repeat(np.arange(len(begin)), pieces)
+    column = column_first[run] + np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    shift = (width - 1 - 2 * column) * height
+    low = np.maximum(begin[run], column * height) + shift
+    high = np.minimum(end[run], (column + 1) * height) + shift
+    order = np.argsort(low, kind="stable")
+    return _joined(low[order], high[order], height * width)
+
+
+def _joined(low: Ends, high: Ends, total: int) -> Ends:
+    """Ends of sorted stretches of ones, those that touch made one."""
+    first = np.concatenate([[True], low[1:] != high[:-1]]) if low.size else np.zeros(0, bool)
+    last = np.concatenate([first[1:], [True]]) if low.size else first
+    ends = np.stack([low[first], high[last]], axis=1).reshape(-1)
+    return ends if ends.size and ends[-1] == total else np.append(ends, total)
+
+
+def counts_from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> bytes:
+    """Compressed counts of the union of polygons x1, y1, x2, y2, ..., as pycocotools draws them."""
+    parts = coco_mask.frPyObjects([np.asarray(each, np.float64).tolist() for each in polygons], height, width)
+    return coco_mask.merge(parts)["counts"]
+
+
+def segmentation_ends(segmentation: dict[str, Any] | None, height: int, width: int) -> Ends:
+    """Runs of a stored `segmentation` (see pipelines/schema.py); an empty array where there is none.
+
+    Raises ValueError where the runs do not fill an image of H x W.
+    """
+    if segmentation is None or (segmentation["rle"] is None and not segmentation["polygons"]):
+        return np.zeros(0, np.int64)
+    if segmentation["rle"] is None:
+        ends = ends_from_counts(counts_from_polygons(segmentation["polygons"], height, width))
+    else:
+        ends = ends_from_counts(segmentation["rle"]["counts"].encode())
+    if ends[-1] != height * width:
+        raise ValueError(f"a mask has {ends[-1]} pixels, its image {height} x {width}")
+    return ends

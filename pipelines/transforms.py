@@ -1,0 +1,150 @@
+"""Bytes -> RGB -> resized -> bytes. Images are (H, W, 3) uint8 RGB arrays throughout."""
+
+from __future__ import annotations
+
+import io
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from mrcnn.preprocess import resize_image
+from pipelines.config import Encoding
+from pipelines.rle import bitmap_from_ends, ends_from_bitmap
+
+Pixels = NDArray[np.uint8]
+
+MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
+ORIENTATION = 0x0112  # EXIF tag
+JPEG_QUALITY = 95
+
+
+class DecodeError(ValueError):
+    """The bytes are not an image that can be used; the message says why."""
+
+
+def decode(data: bytes) -> Pixels:
+    """Any image file as the RGB that a viewer shows: upright, alpha over white, 16 bit scaled to 8, first
+    frame.
+
+    simplejpeg for ordinary JPEGs, Pillow for all else. Raises DecodeError.
+    """
+    if not data:
+        raise DecodeError("the file is empty")
+    image = _decode_jpeg(data) if simplejpeg.is_jpeg(data) else None
+    return _decode_any(data) if image is None else image
+
+
+def _decode_jpeg(data: bytes) -> Pixels | None:
+    """None where Pillow has to look at it: CMYK, or damage that libjpeg warns of and Pillow may forgive."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(height, width)
+        if colorspace not in ("YCbCr", "RGB", "Gray"):
+            return None
+        image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except DecodeError:
+        raise
+    except ValueError:
+        return None
+    return image if b"Exif\0\0" not in data[:65536] else _upright(image, data)
+
+
+def _upright(image: Pixels, data: bytes) -> Pixels:
+    """Turn and mirror as the EXIF orientation says (1: as stored, ... 8)."""
+    try:
+        with Image.open(io.BytesIO(data)) as header:
+            orientation = header.getexif().get(ORIENTATION, 1)
+    except Exception:  # as in _decode_any; unreadable EXIF is no EXIF
+        return image
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
+
+
+def _decode_any(data: bytes) -> Pixels:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _check_size(image.height, image.width)
+            orientation = image.getexif().get(ORIENTATION, 1)
+            pixels = _to_rgb(image)
+    except UnidentifiedImageError:
+        raise DecodeError("not an image of a known format") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DecodeError(f"decompression bomb: {error}") from None
+    except DecodeError:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise whatever: RuntimeError, struct.error, zlib.error, ...
+        raise DecodeError(f"damaged image: {error}") from None
+    return pixels if orientation == 1 else _upright(pixels, data)
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    if image.mode.startswith("I"):
+        return _from_deep_gray(np.asarray(image))
+    if image.mode == "F":
+        raise DecodeError("floating-point pixels have no known range")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.array(image.convert("RGB"))
+
+
+def _from_deep_gray(gray: NDArray[np.integer]) -> Pixels:
+    """16-bit gray (32-bit where a value needs it) to 8 bit, rounded."""
+    top = 65535 if gray.size == 0 or gray.max() <= 65535 else 2**31 - 1
+    eight = np.clip(np.rint(gray * (255.0 / top)), 0, 255).astype(np.uint8)
+    return np.repeat(eight[..., None], 3, axis=2)
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise DecodeError(f"decompression bomb: {width} x {height} pixels, the bound is {MAX_PIXELS}")
+
+
+def resize_mask(ends: NDArray[np.int64], size: tuple[int, int], new_size: tuple[int, int]) -> NDArray[np.int64]:
+    """Resize a mask given as run ends (see rle.py): a new pixel is set where at least half of it was."""
+    if size == new_size:
+        return ends
+    gray = bitmap_from_ends(ends, *size) * np.uint8(255)
+    return ends_from_bitmap(resize_image(gray[:, :, None].repeat(3, axis=2), *new_size)[:, :, 0] >= 128)
+
+
+def use_one_thread() -> None:
+    """One core for each Ray task: OpenCV and torch would otherwise each take them all."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def encode(image: Pixels, encoding: Encoding) -> bytes:
+    """Pixels as they are stored. The same pixels give the same bytes."""
+    if encoding == "raw":
+        return image.tobytes()
+    if encoding == "jpeg":
+        return simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
+    if encoding == "png":
+        good, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        assert good
+        return data.tobytes()
+    raise ValueError(f"encoding is {encoding!r}, but must be raw, jpeg or png")
+
+
+def decode_stored(data: bytes | memoryview, *, encoding: str, height: int, width: int) -> Pixels:
+    """The inverse of `encode` (JPEG's loss apart). Raw pixels are a read-only view of `data`."""
+    if encoding == "raw":
+        return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+    if encoding == "jpeg":
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    if encoding == "png":
+        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        if bgr is None:
+            raise ValueError("an image of this shard is not a PNG: build the data again")
+        return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
+    raise ValueError(f"an image of this shard is stored as {encoding!r}: raw, jpeg and png are known")

@@ -1,0 +1,159 @@
+"""COCO annotation -> instance of a row, scaled to the stored image, or the reason why not.
+
+Boxes are clipped to the image. Polygons, run lengths, keypoints and area are scaled with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from pipelines.rle import Ends, bitmap_from_ends, ends_from_counts
+from pipelines.transforms import resize_mask
+
+FAR = 1.0  # image sides by which a polygon may leave the image: farther is a mistake, and slow to rasterise
+
+
+class AnnotationError(ValueError):
+    """An annotation that cannot be used; the message is the reject's reason."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Sizes (height, width) of the source and of the stored image."""
+
+    source: tuple[int, int]
+    stored: tuple[int, int]
+
+    @property
+    def y(self) -> float:
+        """Factor for vertical coordinates."""
+        return self.stored[0] / self.source[0]
+
+    @property
+    def x(self) -> float:
+        """Factor for horizontal coordinates."""
+        return self.stored[1] / self.source[1]
+
+
+def to_instance(annotation: dict[str, Any], scaling: Scaling) -> dict[str, Any]:
+    """Instance as in pipelines/schema.py. Raises AnnotationError."""
+    box = _box(annotation.get("bbox"), scaling)
+    iscrowd = annotation.get("iscrowd", 0)
+    if iscrowd not in (0, 1):
+        raise AnnotationError(f"iscrowd is neither 0 nor 1: {iscrowd!r}")
+    segmentation = _segmentation(annotation.get("segmentation"), scaling)
+    return {
+        "label": annotation["label"],
+        "category_id": annotation["category_id"],
+        "box": box,
+        "area": _area(annotation.get("area"), annotation["bbox"], scaling),
+        "iscrowd": bool(iscrowd),
+        "segmentation": segmentation,
+        "keypoints": _keypoints(annotation.get("keypoints"), scaling),
+    }
+
+
+def _numbers(value: Any, what: str) -> list[float]:
+    good = isinstance(value, list) and all(
+        isinstance(each, int | float) and not isinstance(each, bool) and abs(each) < 1e9 for each in value
+    )  # a NaN is not below anything
+    if not good:
+        raise AnnotationError(f"{what} is not a list of finite numbers")
+    return [float(each) for each in value]
+
+
+def _box(bbox: Any, scaling: Scaling) -> list[float]:
+    numbers = _numbers(bbox, "box")
+    if len(numbers) != 4:
+        raise AnnotationError(f"box does not have four numbers: it has {len(numbers)}")
+    x, y, width, height = numbers
+    if width <= 0 or height <= 0:
+        raise AnnotationError(f"box has no extent: {width:g} x {height:g}")
+    rows, columns = scaling.source
+    left, right = max(x, 0.0), min(x + width, float(columns))
+    top, bottom = max(y, 0.0), min(y + height, float(rows))
+    if left >= right or top >= bottom:
+        raise AnnotationError(f"box lies outside the image: {numbers} in {columns} x {rows}")
+    return [left * scaling.x, top * scaling.y, right * scaling.x, bottom * scaling.y]
+
+
+def _area(area: Any, bbox: Sequence[float], scaling: Scaling) -> float:
+    """The annotation's own area, which pycocotools sorts by; the box's where there is none."""
+    if area is None:
+        area = bbox[2] * bbox[3]
+    (value,) = _numbers([area], "area")
+    if value < 0:
+        raise AnnotationError(f"area is negative: {value:g}")
+    return value * scaling.x * scaling.y
+
+
+def _keypoints(keypoints: Any, scaling: Scaling) -> list[float] | None:
+    """COCO gives pixel numbers, whose centres lie half a pixel further; unlabelled points stay 0, 0, 0."""
+    if keypoints is None:
+        return None
+    numbers = _numbers(keypoints, "keypoints")
+    if len(numbers) % 3:
+        raise AnnotationError(f"keypoints are not triples: {len(numbers)} numbers")
+    points = np.array(numbers).reshape(-1, 3)
+    labelled = points[:, 2] > 0
+    points[labelled, :2] = (points[labelled, :2] + 0.5) * [scaling.x, scaling.y] - 0.5
+    return points.ravel().tolist()
+
+
+def _segmentation(value: Any, scaling: Scaling) -> dict[str, Any] | None:
+    if value is None or value == []:
+        return None
+    if isinstance(value, dict):
+        return {"polygons": None, "rle": _scaled_rle(_rle_ends(value, scaling.source), scaling)}
+    if not isinstance(value, list):
+        raise AnnotationError("segmentation is neither polygons nor run lengths")
+    return {"polygons": _polygons(value, scaling), "rle": None}
+
+
+def _polygons(value: list[Any], scaling: Scaling) -> list[list[float]]:
+    scaled, total = [], 0.0
+    rows, columns = scaling.source
+    for each in value:
+        numbers = _numbers(each, "polygon")
+        if len(numbers) < 6 or len(numbers) % 2:
+            raise AnnotationError(f"polygon has fewer than three points or an odd count: {len(numbers)} numbers")
+        x, y = np.array(numbers[0::2]), np.array(numbers[1::2])
+        if max((abs(x - columns / 2) / columns).max(), (abs(y - rows / 2) / rows).max()) > 0.5 + FAR:
+            raise AnnotationError("polygon lies far outside the image")
+        total += abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
+        scaled.append(np.stack([x * scaling.x, y * scaling.y], axis=1).ravel().tolist())
+    if total == 0:
+        raise AnnotationError("polygon has no area")
+    return scaled
+
+
+def _rle_ends(rle: dict[str, Any], size: tuple[int, int]) -> Ends:
+    if rle.get("size") != list(size):
+        raise AnnotationError(f"run lengths are for another size: {rle.get('size')}, the image has {list(size)}")
+    counts = rle.get("counts")
+    if isinstance(counts, str):
+        try:
+            ends = ends_from_counts(counts.encode())
+        except ValueError as error:
+            raise AnnotationError(f"run lengths are damaged: {error}") from None
+    else:
+        numbers = _numbers(counts, "run lengths")
+        if any(each < 0 or not math.isfinite(each) or each != int(each) for each in numbers):
+            raise AnnotationError("run lengths are damaged: not whole numbers from 0 on")
+        ends = np.cumsum(np.array(numbers, np.int64))
+    if len(ends) == 0 or ends[-1] != size[0] * size[1]:
+        raise AnnotationError(f"run lengths do not fill the image: {ends[-1] if len(ends) else 0} pixels")
+    return ends
+
+
+def _scaled_rle(ends: Ends, scaling: Scaling) -> dict[str, Any]:
+    ends = resize_mask(ends, scaling.source, scaling.stored)
+    bitmap = bitmap_from_ends(ends, *scaling.stored)
+    counts = coco_mask.encode(np.asfortranarray(bitmap))["counts"].decode()
+    return {"size": list(scaling.stored), "counts": counts}

@@ -1,0 +1,70 @@
+"""Fixtures that more than one room uses: one Ray, one S3 server and one small data set for a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs.cluster import ray_session
+from jobs.local_s3 import local_s3, make_bucket
+from pipelines.build import BuildConfig, build
+from pipelines.toy import ToySummary, make_toy_data
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Whenever it makes a DataContext, Ray 2.60 sets defaults that it has deprecated itself.
+    config.addinivalue_line("filterwarnings", r"ignore:`\w+` is deprecated:DeprecationWarning:ray\.data\.context")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URI of a bucket on a real S3 server of this session; its AWS_* variables are set."""
+    with local_s3(tmp_path_factory.mktemp("s3")) as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield make_bucket(environment, "test")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3: str) -> Iterator[None]:
+    """A local Ray with 2 CPUs. After `s3`, because Ray's processes inherit the variables of their start."""
+    with ray_session(cpus=2):
+        yield
+
+
+@pytest.fixture(scope="session")
+def coco100() -> Path:
+    """The 100 real COCO images, or a skip."""
+    folder = Path(os.environ.get("MRCNN_COCO100", REPOSITORY.parent / "shared/data/coco100"))
+    if not (folder / "annotations/instances_val2017.json").exists():
+        pytest.skip(f"no COCO images at {folder}: set MRCNN_COCO100")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> ToySummary:
+    """Sixteen toy images of 96 pixels and more, with their annotations."""
+    return make_toy_data(str(tmp_path_factory.mktemp("toy")), images=16, seed=5, size=96)
+
+
+@pytest.fixture(scope="session")
+def toy_config(toy_data: ToySummary) -> BuildConfig:
+    """Build of `toy_data` that loses nothing: raw pixels, no scaling, four shards. Replace `out`."""
+    return BuildConfig(
+        images=toy_data.images_uri, annotations=toy_data.annotations_uri, out="/replace/this",
+        shorter_side=96, longer_side=160, encoding="raw", rows_per_shard=5,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def toy_shards(toy_config: BuildConfig, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of `toy_data` as shards."""
+    out = str(tmp_path_factory.mktemp("shards"))
+    build(replace(toy_config, out=out))
+    return out

@@ -1,0 +1,86 @@
+"""A checkpoint brings everything back, or is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.checkpoint import Checkpoints, Progress
+from jobs.config import OptimizerConfig, TrainConfig
+from jobs.engine import Engine
+from mrcnn import MaskRCNN, load_model
+from mrcnn.structures import ImageBatch, Targets
+
+
+def engine_for(model: MaskRCNN) -> Engine:
+    config = TrainConfig(model=model.config, optimizer=OptimizerConfig(warmup_steps=3), steps=50)
+    return Engine(model, config, torch.device("cpu"))
+
+
+def progress(engine: Engine) -> Progress:
+    return Progress(step=engine.step, images_seen=engine.images_seen, seed=0, data_digest="d")
+
+
+def test_training_goes_on_bit_for_bit(
+    small_model: MaskRCNN, small_batch: tuple[ImageBatch, Targets], tmp_path: Path
+) -> None:
+    engine = engine_for(small_model)
+    for _ in range(2):
+        engine.train_step(*small_batch)
+    uri = Checkpoints(str(tmp_path)).save(small_model, engine, progress(engine), keep=2)
+    for _ in range(2):
+        engine.train_step(*small_batch)
+
+    resumed_model = MaskRCNN(small_model.config)
+    resumed = engine_for(resumed_model)
+    found = Checkpoints(str(tmp_path)).restore(resumed_model, resumed, 2)
+    assert (found.step, found.images_seen, resumed.step) == (2, 32, 2)
+    for _ in range(2):
+        resumed.train_step(*small_batch)
+    for name, value in small_model.state_dict().items():
+        assert torch.equal(value, resumed_model.state_dict()[name]), name
+    assert load_model(uri).config == small_model.config  # a checkpoint is a model, too
+
+
+def test_the_newest_stay_and_the_unfinished_do_not_count(small_model: MaskRCNN, tmp_path: Path) -> None:
+    engine, checkpoints = engine_for(small_model), Checkpoints(str(tmp_path))
+    assert checkpoints.steps() == []
+    for step in (5, 10, 15):
+        checkpoints.save(small_model, engine, replace(progress(engine), step=step), keep=2)
+    assert checkpoints.steps() == [10, 15]
+    folder = tmp_path / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000010", "step-00000015"]
+    (folder / "step-00000015" / "checkpoint.json").unlink()  # as if the writer had died before its last file
+    assert checkpoints.steps() == [10]
+
+
+def test_on_s3(small_model: MaskRCNN, s3: str) -> None:
+    engine, checkpoints = engine_for(small_model), Checkpoints(f"{s3}/checkpoint-test")
+    for step in (1, 2):
+        checkpoints.save(small_model, engine, replace(progress(engine), step=step), keep=1)
+    assert checkpoints.steps() == [2]
+    assert checkpoints.restore(MaskRCNN(small_model.config), engine, 2).step == 2
+
+
+def test_a_changed_checkpoint_is_refused(small_model: MaskRCNN, tmp_path: Path) -> None:
+    engine, checkpoints = engine_for(small_model), Checkpoints(str(tmp_path))
+    checkpoints.save(small_model, engine, replace(progress(engine), step=3), keep=1)
+    folder = tmp_path / "checkpoints" / "step-00000003"
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match=r"model\.safetensors is not what was written: remove .*step-00000003"):
+        checkpoints.restore(small_model, engine, 3)
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    (folder / "checkpoint.json").write_text(json.dumps({**manifest, "format": "other"}))
+    with pytest.raises(ValueError, match="not of format"):
+        checkpoints.restore(small_model, engine, 3)
+
+
+def test_another_models_checkpoint_is_refused(small_model: MaskRCNN, tmp_path: Path) -> None:
+    engine, checkpoints = engine_for(small_model), Checkpoints(str(tmp_path))
+    checkpoints.save(small_model, engine, replace(progress(engine), step=3), keep=1)
+    other = MaskRCNN(replace(small_model.config, num_classes=5))
+    with pytest.raises(ValueError, match=r"is of another model .*mask_logits"):
+        checkpoints.restore(other, engine_for(other), 3)

@@ -1,0 +1,80 @@
+"""The command line: words, help, and one clear line for what a user got wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import COMMANDS, main
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    try:
+        code = main(words)
+    except SystemExit as end:  # tyro's own way to end after help and after a flag that it does not know
+        code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"mrcnn {command}" in out
+
+
+def test_a_presets_help_shows_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "train", "toy", "--help")
+    assert code == 0
+    for words in (
+        "--data",
+        "--val-data",
+        "--resume",
+        "--model.backbone.name",
+        "--optimizer.base-lr",
+        "resnet18",
+    ):
+        assert words in out, words
+
+
+TRAIN = ("--val-data", "v", "--storage", "s", "--run", "r")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("build-data", "--images", "no/such", "--annotations", "none.json", "--out", "o"), "none.json"),
+        (("build-data", "--images", "foo://x/y", "--annotations", "foo://x/a.json", "--out", "o"), "foo"),
+        (("train", "toy", "--data", "no/such", *TRAIN), "no/such"),
+        (
+            ("train", "toy", "--data", "d", "--val-data", "v", "--storage", "s", "--run", "a/b"),
+            "run is 'a/b'",
+        ),
+        (("train", "toy", "--data", "d", *TRAIN, "--optimizer.momentum", "2"), "momentum is 2.0"),
+        (("evaluate", "--model", "no/model", "--data", "no/data"), "no/"),
+        (("predict", "--model", "no/model", "--images", "no/images", "--out", "o"), "no/"),
+        (("toy-data", "--out", "t", "--images", "-1"), "-1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    code, out, err = run(capsys, *words)
+    assert code == 2, (out, err)
+    assert message in err + out
+    assert "Traceback" not in err + out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("train", "r50"), ("train", "toy", "--data", "d", *TRAIN, "--optimizer.base-lrr", "1"), ("trian",), ()],
+)
+def test_what_does_not_exist_is_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, _ = run(capsys, *words)
+    assert code == 2

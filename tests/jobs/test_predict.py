@@ -1,0 +1,210 @@
+"""Batch inference over real processes: what it writes, what it leaves alone, what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from models import SMALL
+from pycocotools import mask as coco_mask
+
+from jobs.evaluate import evaluate
+from jobs.predict import PredictSummary, predict
+from mrcnn import InputConfig, MaskRCNN, load_model, save_model
+from mrcnn.evaluation import evaluate_coco
+from pipelines.loader import ShardDataset
+from pipelines.predict import PREDICTIONS
+from pipelines.storage import open_store, upload
+from pipelines.toy import ToySummary
+
+BROKEN = "zz-broken.jpg"
+IMAGES = 18  # 16 of the toy data, one that is broken and one below a folder: two chunks
+
+
+@pytest.fixture(scope="module")
+def model(toy_shards: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with random weights that takes toy images as they are."""
+    folder, categories = tmp_path_factory.mktemp("model"), ShardDataset(toy_shards).categories
+    torch.manual_seed(0)
+    config = replace(SMALL, num_classes=len(categories), input=InputConfig(shorter_side=96, longer_side=160))
+    save_model(MaskRCNN(config, categories), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def images(toy_data: ToySummary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    shutil.copytree(toy_data.images_uri, folder, dirs_exist_ok=True)
+    (folder / BROKEN).write_bytes(b"\xff\xd8\xff no jpeg")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "below").mkdir()
+    cv2.imwrite(str(folder / "below" / "tall.webp"), np.full((140, 90, 3), 127, np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(
+    model: str, images: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[PredictSummary, Path]]:
+    """One prediction, and where it is."""
+    out = tmp_path_factory.mktemp("predictions")
+    yield predict(model, str(images), str(out), overlays=3), out
+
+
+def rows(out: Path) -> list[dict]:
+    parts = sorted((out / "predictions").glob("*.parquet"))
+    assert [p.name for p in parts] == ["part-00000.parquet", "part-00001.parquet"]
+    assert all(pq.read_schema(part).equals(PREDICTIONS) for part in parts)
+    return [row for part in parts for row in pq.read_table(part).to_pylist()]
+
+
+def snapshot(out: Path) -> dict[str, bytes]:
+    """All files, those that hold what the disk does with pictures' compression included."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def test_every_image_is_a_row_or_a_reject(first: tuple[PredictSummary, Path], images: Path) -> None:
+    summary, out = first
+    found = rows(out)
+    rejects = pq.read_table(out / "rejects.parquet").to_pylist()
+    assert (summary.images, summary.images_made, summary.overlays) == (IMAGES, IMAGES, 3)
+    assert [(r["uri"], r["stage"]) for r in rejects] == [(str(images / BROKEN), "decode")]
+    assert len(found) == IMAGES - 1
+    assert sorted([r["image_id"] for r in found + rejects]) == list(range(1, IMAGES + 1))
+    assert [r["uri"] for r in found] == sorted(r["uri"] for r in found)
+    assert summary.detections == sum(len(r["detections"]) for r in found) > 0
+    assert "18 images, 1 rejects" in str(summary)
+    assert "images/s" in str(summary)
+    tall = found[0]
+    assert (tall["uri"], tall["height"], tall["width"]) == (str(images / "below/tall.webp"), 140, 90)
+
+
+def test_rows_are_the_models_answers(first: tuple[PredictSummary, Path], model: str) -> None:
+    row = rows(first[1])[5]
+    bgr = cv2.imread(row["uri"])
+    (expected,) = load_model(model).predict([np.ascontiguousarray(bgr[:, :, ::-1])])
+    assert len(row["detections"]) == len(expected) > 0
+    for i, found in enumerate(row["detections"]):
+        x1, y1, x2, y2 = expected.boxes[i].tolist()
+        assert found["box"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-3)
+        assert found["label"] == int(expected.labels[i])
+        assert found["score"] == pytest.approx(float(expected.scores[i]), abs=1e-5)
+        assert coco_mask.decode(found["rle"]).shape == (row["height"], row["width"])
+
+
+def test_the_average_precision_is_evaluates(
+    first: tuple[PredictSummary, Path], model: str, toy_data: ToySummary, toy_shards: str
+) -> None:
+    truth = json.loads(Path(toy_data.annotations_uri).read_text())
+    by_name = {image["file_name"]: image["id"] for image in truth["images"]}
+    ids = {row["image_id"]: by_name.get(Path(row["uri"]).name) for row in rows(first[1])}
+    results = json.loads((first[1] / "coco_results.json").read_text())
+    assert len(results) == first[0].detections
+    results = [{**r, "image_id": ids[r["image_id"]]} for r in results if ids[r["image_id"]] is not None]
+    ours, theirs = evaluate_coco(truth, results), evaluate(model, toy_shards).metrics
+    assert ours.box == pytest.approx(theirs.box, abs=1e-6, nan_ok=True)
+    assert ours.mask == pytest.approx(theirs.mask, abs=1e-6, nan_ok=True)
+
+
+def test_the_manifest_says_what_made_it(first: tuple[PredictSummary, Path], model: str) -> None:
+    manifest = json.loads((first[1] / "manifest.json").read_text())
+    assert manifest["totals"] == {
+        "images": IMAGES,
+        "rows": IMAGES - 1,
+        "rejects": 1,
+        "detections": first[0].detections,
+    }
+    assert manifest["model"]["uri"] == model
+    assert len(manifest["plan"]["model_sha256"]["model.safetensors"]) == 64
+    assert [c["name"] for c in manifest["categories"]][0] == "circle"
+    assert not (first[1] / "_progress").exists()
+
+
+def test_the_first_images_are_drawn(first: tuple[PredictSummary, Path]) -> None:
+    pictures = [p for p in (first[1] / "overlays").rglob("*.png")]
+    assert len(pictures) == 3
+    assert min(max(cv2.imread(str(p)).shape) for p in pictures) >= 800
+
+
+def test_again_computes_only_what_is_missing(
+    first: tuple[PredictSummary, Path], model: str, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(first[1], out)
+    before = snapshot(out)
+    again = predict(model, str(images), str(out), overlays=3)
+    assert (again.images_made, again.detections) == (0, first[0].detections)
+    assert snapshot(out) == before
+    (out / "predictions/part-00001.parquet").unlink()
+    untouched = (out / "predictions/part-00000.parquet").stat().st_mtime_ns
+    repaired = predict(model, str(images), str(out), overlays=3)
+    assert repaired.images_made == 2
+    assert snapshot(out) == before
+    assert (out / "predictions/part-00000.parquet").stat().st_mtime_ns == untouched
+
+
+def test_what_a_killed_run_left_is_completed(
+    first: tuple[PredictSummary, Path], model: str, images: Path, tmp_path: Path
+) -> None:
+    """As it is after a kill between two chunks: a plan, one receipt, its part, and half of the next part."""
+    from jobs.predict import PLAN, _receipts_of  # the state on disk is theirs to know
+    from pipelines.predict import cut, write_receipt
+
+    out = tmp_path / "killed"
+    shutil.copytree(first[1], out)
+    store = open_store(str(out))
+    manifest = json.loads((out / "manifest.json").read_text())
+    chunks = cut(sorted(open_store(str(images)).list((".png", ".jpg", ".webp"))), 16)
+    receipts = _receipts_of(store, manifest, open_store(str(images)), chunks)
+    store.write_bytes(PLAN, json.dumps(manifest["plan"]).encode())
+    write_receipt(store, receipts[chunks[0].part])
+    for name in ("manifest.json", "coco_results.json", "rejects.parquet", chunks[1].part):
+        (out / name).unlink()
+    (out / "predictions" / f".{Path(chunks[1].part).name}.1.part").write_bytes(b"half")
+    summary = predict(model, str(images), str(out), overlays=3)
+    assert summary.images_made == 2
+    assert snapshot(out) == snapshot(first[1])
+
+
+def test_another_model_or_other_images_are_refused(
+    first: tuple[PredictSummary, Path], model: str, images: Path, tmp_path: Path
+) -> None:
+    other = load_model(model)
+    torch.nn.init.zeros_(other.rpn.objectness.bias)
+    torch.nn.init.ones_(other.rpn.objectness.weight)
+    save_model(other, tmp_path / "model")
+    with pytest.raises(ValueError, match="holds predictions of another model: choose another --out"):
+        predict(str(tmp_path / "model"), str(images), str(first[1]))
+    with pytest.raises(ValueError, match="holds predictions of other images"):
+        predict(model, str(images / "below"), str(first[1]))
+    (tmp_path / "stray" / "predictions").mkdir(parents=True)
+    (tmp_path / "stray" / "predictions" / "part-00000.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match="of unknown origin"):
+        predict(model, str(images), str(tmp_path / "stray"))
+    with pytest.raises(FileNotFoundError, match="holds no images"):
+        predict(model, model, str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="--overlays is -1"):
+        predict(model, str(images), str(tmp_path / "none"), overlays=-1)
+
+
+def test_from_bucket_to_bucket(
+    first: tuple[PredictSummary, Path], model: str, images: Path, s3: str, ray_cluster: None
+) -> None:
+    upload(images, f"{s3}/predict/in")
+    upload(Path(model), f"{s3}/predict/model")
+    predict(f"{s3}/predict/model", f"{s3}/predict/in", f"{s3}/predict/out", overlays=1)
+    store = open_store(f"{s3}/predict/out")
+    table = pq.read_table(io.BytesIO(store.read_bytes("predictions/part-00001.parquet")))
+    local = pq.read_table(first[1] / "predictions/part-00001.parquet")
+    assert table["detections"].equals(local["detections"])
+    assert table["uri"][0].as_py().startswith(f"{s3}/predict/in/")
+    assert sum(name.startswith("overlays/") for name in store.list()) == 1

@@ -1,0 +1,117 @@
+"""Training through Ray Train on real processes: two workers, checkpoints, going on, and what is refused."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from models import SMALL
+from safetensors.numpy import load_file
+
+from jobs import tracking
+from jobs.config import OptimizerConfig, TrainConfig, TrainJob
+from jobs.train import TrainSummary, train
+from mrcnn import load_model
+
+CONFIG = TrainConfig(
+    model=SMALL,
+    optimizer=OptimizerConfig(warmup_steps=2, decay_at=(1.0,)),
+    steps=4,
+    global_batch=4,
+    log_every=2,
+    evaluate_every=100,
+    checkpoint_every=2,
+    pictures=2,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+        yield
+
+
+@pytest.fixture(scope="module")
+def job(toy_shards: str, s3: str) -> TrainJob:
+    """Two workers, everything kept on S3."""
+    return TrainJob(data=toy_shards, val_data=toy_shards, storage=f"{s3}/runs", run="whole", workers=2)
+
+
+@pytest.fixture(scope="module")
+def whole(job: TrainJob) -> TrainSummary:
+    """Four steps in one go."""
+    return train(job, CONFIG)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: value.tobytes() for name, value in load_file(folder / "model.safetensors").items()}
+
+
+def test_what_a_run_leaves_behind(whole: TrainSummary) -> None:
+    assert whole.outcome.step == 4
+    assert whole.outcome.images_per_second > 0
+    run = tracking.find_run("whole")
+    assert run.info.run_id == whole.run_id
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.backbone.name"] == "resnet18"
+    assert run.data.params["workers"] == "2"
+    metrics = run.data.metrics
+    for name in (
+        "loss",
+        "loss_mask",
+        "loss_classifier",
+        "loss_box_reg",
+        "loss_objectness",
+        "loss_rpn_box_reg",
+    ):
+        assert metrics[f"train/{name}"] > 0
+    assert 0 <= metrics["val/mask_AP"] <= 1
+    assert metrics["perf/images_per_second"] > 0
+    assert run.data.tags[tracking.MODEL_URI_TAG] == whole.model_uri
+
+
+def test_a_resumed_run_ends_with_the_same_bits(whole: TrainSummary, job: TrainJob, tmp_path: Path) -> None:
+    local = replace(job, storage=str(tmp_path), run="halves")
+    train(local, replace(CONFIG, steps=2))
+    summary = train(replace(local, resume=True), CONFIG)
+    assert summary.outcome.step == 4
+    assert (
+        len(tracking.client().search_runs([tracking.find_run("halves").info.experiment_id], "run_name = 'halves'")) == 1
+    )
+    from pipelines.storage import local_copy
+
+    with local_copy(whole.model_uri) as folder:
+        assert weights(folder) == weights(tmp_path / "halves" / "model")
+        assert [c.name for c in load_model(folder).categories] == ["circle", "square", "triangle", "star"]
+    steps = sorted(p.name for p in (tmp_path / "halves" / "checkpoints").iterdir())
+    assert steps == ["step-00000002", "step-00000004"]
+
+
+def test_what_cannot_work_is_refused_before_anything_starts(whole: TrainSummary, job: TrainJob) -> None:
+    with pytest.raises(ValueError, match=r"has a run already: go on with --resume"):
+        train(job, CONFIG)
+    with pytest.raises(ValueError, match=r"optimizer\.base_lr was 0\.02, is 0\.5"):
+        train(replace(job, resume=True), replace(CONFIG, optimizer=replace(CONFIG.optimizer, base_lr=0.5)))
+    with pytest.raises(ValueError, match=r"workers is 64, but the Ray cluster has 2 CPUs"):
+        train(replace(job, run="many", workers=64), replace(CONFIG, global_batch=64))
+    with pytest.raises(ValueError, match="global_batch is 3, which 2 workers cannot share"):
+        train(replace(job, run="odd"), replace(CONFIG, global_batch=3))
+    with pytest.raises(FileNotFoundError, match="no-such-shards"):
+        train(replace(job, run="lost", data="no-such-shards"), CONFIG)
+
+
+def test_a_loss_that_is_not_finite_fails_the_run_with_its_step(job: TrainJob, tmp_path: Path) -> None:
+    wild = replace(CONFIG, optimizer=OptimizerConfig(base_lr=1e30, warmup_steps=0))
+    with pytest.raises(RuntimeError, match=r"the loss is not finite at step 2"):
+        train(replace(job, storage=str(tmp_path), run="wild", workers=1), wild)
+    assert tracking.find_run("wild").info.status == "FAILED"
+
+
+def test_the_runs_file_has_the_whole_config(whole: TrainSummary, job: TrainJob) -> None:
+    from pipelines.storage import open_store
+
+    content = json.loads(open_store(job.storage).join("whole").read_bytes("run.json"))
+    expected = replace(CONFIG, model=replace(CONFIG.model, num_classes=4))
+    assert TrainConfig.from_dict(content["config"]) == expected

@@ -1,0 +1,39 @@
+"""The built library: what is in it, what it needs, and what is said where it is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mrcnn import ops
+from mrcnn.ops import _library
+
+
+def test_library_has_cuda_kernels_where_nvcc_is():
+    if shutil.which("nvcc") is None or torch.version.cuda is None or os.environ.get("MRCNN_CUDA") == "0":
+        pytest.skip("no nvcc, a torch without CUDA, or MRCNN_CUDA=0: the operators were built for the CPU only")
+    assert ops.cuda_compiled()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("mrcnn::roi_align", "CUDA")
+
+
+def test_missing_library_names_the_remedy(tmp_path):
+    with pytest.raises(ImportError, match="pip install --no-build-isolation -e"):
+        _library.load(tmp_path / "_C.abi3.so")
+    (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
+    with pytest.raises(ImportError, match="do not load with torch"):
+        _library.load(tmp_path / "_C.abi3.so")
+
+
+def test_import_needs_neither_gpu_nor_torch_python_symbols():
+    """The library is plain: it must not drag in libtorch_python, so that any Python >= 3.11 loads it."""
+    if sys.platform != "linux" or shutil.which("readelf") is None:
+        pytest.skip("needs Linux and readelf")
+    needed = subprocess.run(["readelf", "-d", str(_library.LIBRARY)], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu" in needed
+    for library in ("libtorch_python", "libtorch_cuda", "libpython", "libcudart"):
+        assert library not in needed

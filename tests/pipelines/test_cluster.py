@@ -1,0 +1,31 @@
+"""Ray sessions: nested use, and clusters that are not there."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import ray
+
+from jobs.cluster import ray_session
+
+
+def test_nested_session_leaves_the_outer_one_alone(ray_cluster: None) -> None:
+    with ray_session(cpus=1):
+        assert ray.cluster_resources()["CPU"] == 2
+    assert ray.is_initialized()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "no.such.host.invalid:6379", "nonsense"])
+def test_no_cluster_at_the_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=f"RAY_ADDRESS={address}"), ray_session():
+        pass
+    assert time.monotonic() - start < 15
+
+
+def test_refuses_no_cpus() -> None:
+    with pytest.raises(ValueError, match="--cpus is 0"), ray_session(cpus=0):
+        pass

@@ -1,0 +1,208 @@
+"""The loader: every image once an epoch, in an order that the seed alone decides; targets that fit."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from mrcnn.structures import RunLengthMasks
+from pipelines.build import BuildConfig, build
+from pipelines.loader import Batch, Row, ShardDataset, batches, collate, epoch_order, image_seed
+from pipelines.rle import bitmap_from_ends, segmentation_ends
+from pipelines.storage import open_store
+
+
+@pytest.fixture(scope="module")
+def dataset(toy_shards: str) -> ShardDataset:
+    return ShardDataset(toy_shards)
+
+
+def take(dataset: ShardDataset, steps: int, **how: int | float) -> list[Batch]:
+    stream = batches(dataset, **{"seed": 3, "global_batch": 4, **how})  # type: ignore[arg-type]
+    try:
+        return list(islice(stream, steps))
+    finally:
+        stream.close()  # type: ignore[attr-defined]
+
+
+def ids(taken: list[Batch]) -> list[int]:
+    return [image_id for batch in taken for image_id in batch.image_ids]
+
+
+def bitmaps(masks: RunLengthMasks, instance: int, size: tuple[int, int]) -> np.ndarray:
+    start, end = masks.offsets[instance], masks.offsets[instance + 1]
+    return bitmap_from_ends(masks.ends[start:end].numpy().astype(np.int64), *size)
+
+
+def test_dataset_is_small_to_pickle_and_checks_its_index(dataset: ShardDataset) -> None:
+    dataset.read(0)
+    data = pickle.dumps(dataset)
+    assert len(data) < 10_000
+    copy = pickle.loads(data)
+    assert len(copy) == 16
+    np.testing.assert_array_equal(copy.read(13).image, dataset.read(13).image)
+    for index in (-1, 16):
+        with pytest.raises(IndexError):
+            dataset.read(index)
+
+
+def test_same_rows_from_s3(dataset: ShardDataset, toy_config: BuildConfig, s3: str) -> None:
+    build(replace(toy_config, out=f"{s3}/loader"))
+    remote = ShardDataset(f"{s3}/loader")
+    assert remote.manifest == dataset.manifest
+    for ours, theirs in zip(take(dataset, 5), take(remote, 5, threads=4), strict=True):
+        assert ours.image_ids == theirs.image_ids
+        assert torch.equal(ours.images.pixels, theirs.images.pixels)
+        assert torch.equal(ours.targets.masks.ends, theirs.targets.masks.ends)
+        assert torch.equal(ours.targets.boxes, theirs.targets.boxes)
+
+
+def test_large_footers_are_read_from_s3(
+    dataset: ShardDataset, toy_shards: str, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.shards.TAIL", 16)
+    copy = open_store(f"{s3}/footer")
+    for name in open_store(toy_shards).list():
+        copy.write_bytes(name, open_store(toy_shards).read_bytes(name))
+    np.testing.assert_array_equal(ShardDataset(copy.uri).read(6).image, dataset.read(6).image)
+
+
+def test_epoch_order_is_a_permutation_of_its_own() -> None:
+    first, second = epoch_order(1, 0, 50), epoch_order(1, 1, 50)
+    assert sorted(first) == list(range(50))
+    assert (first != second).any()
+    assert (first != epoch_order(2, 0, 50)).any()
+    np.testing.assert_array_equal(first, epoch_order(1, 0, 50))
+
+
+@pytest.mark.parametrize("global_batch", [1, 4, 6, 20])
+def test_every_image_once_an_epoch(dataset: ShardDataset, global_batch: int) -> None:
+    seen = ids(take(dataset, 48 // global_batch + 1, global_batch=global_batch))
+    numbers = [dataset.read(i).image_id for i in range(16)]
+    for epoch in range(len(seen) // 16):
+        assert seen[epoch * 16 : epoch * 16 + 16] == [numbers[i] for i in epoch_order(3, epoch, 16)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_same_global_batches(dataset: ShardDataset, world_size: int) -> None:
+    alone = take(dataset, 10)
+    ranks = [take(dataset, 10, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for step, batch in enumerate(alone):
+        together = [rank[step] for rank in ranks]
+        assert ids(together) == list(batch.image_ids)
+        assert torch.equal(torch.cat([each.targets.seeds for each in together]), batch.targets.seeds)
+
+
+@pytest.mark.parametrize("consumed", [4, 12, 16, 30])
+def test_resumes_from_the_number_of_images(dataset: ShardDataset, consumed: int) -> None:
+    whole = ids(take(dataset, 12, global_batch=4))
+    resumed = take(dataset, 5, global_batch=2, start_images=consumed)
+    assert ids(resumed) == whole[consumed : consumed + 10]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing(dataset: ShardDataset, threads: int) -> None:
+    for ours, theirs in zip(take(dataset, 6), take(dataset, 6, threads=threads, prefetch=1), strict=True):
+        assert ours.image_ids == theirs.image_ids
+        assert torch.equal(ours.images.pixels, theirs.images.pixels)
+
+
+def test_seeds_and_flips_come_from_seed_epoch_and_image(dataset: ShardDataset) -> None:
+    batch = take(dataset, 5)[4]  # the first of epoch 1
+    assert batch.targets.seeds.tolist() == [image_seed(3, 1, each) for each in batch.image_ids]
+    assert len({image_seed(s, e, i) for s in range(4) for e in range(4) for i in range(-4, 4)}) == 128
+    flips = [image_seed(0, e, i, purpose="flip") < 0.5 * 2**63 for e in range(20) for i in range(100)]
+    assert 900 < sum(flips) < 1100
+
+
+def test_targets_fit_the_pixels(dataset: ShardDataset) -> None:
+    rows = [dataset.read(i) for i in range(4)]
+    images, targets = collate(rows, seeds=[1, 2, 3, 4], flips=[False] * 4)
+    most = max(len(row.instances) for row in rows)
+    assert images.pixels.shape[2] % 32 == images.pixels.shape[3] % 32 == 0
+    assert targets.boxes.shape == (4, most, 4)
+    assert targets.masks.offsets.shape == (4 * most + 1,)
+    for b, row in enumerate(rows):
+        height, width = images.sizes[b].tolist()
+        assert (height, width) == row.image.shape[:2]
+        np.testing.assert_array_equal(images.pixels[b, :, :height, :width].permute(1, 2, 0), row.image)
+        assert not images.pixels[b, :, height:].any()
+        assert not images.pixels[b, :, :, width:].any()
+        labels = [each["label"] for each in row.instances]
+        assert targets.labels[b].tolist() == labels + [0] * (most - len(labels))
+        for n, instance in enumerate(row.instances):
+            mask = bitmaps(targets.masks, b * most + n, (height, width))
+            expected = bitmap_from_ends(segmentation_ends(instance["segmentation"], height, width), height, width)
+            np.testing.assert_array_equal(mask, expected)
+            x1, y1, x2, y2 = targets.boxes[b, n].int().tolist()
+            assert mask[y1:y2, x1:x2].sum() == mask.sum() == instance["area"]
+        for n in range(len(labels), most):
+            assert targets.masks.offsets[b * most + n] == targets.masks.offsets[b * most + n + 1]
+
+
+def test_flip_is_that_of_pixels_boxes_and_masks(dataset: ShardDataset) -> None:
+    rows = [dataset.read(i) for i in range(8)]
+    plain, plain_targets = collate(rows, seeds=[0] * 8, flips=[False] * 8)
+    flipped, flipped_targets = collate(rows, seeds=[0] * 8, flips=[True] * 8)
+    most = plain_targets.boxes.shape[1]
+    for b, row in enumerate(rows):
+        height, width = row.image.shape[:2]
+        assert torch.equal(flipped.pixels[b, :, :height, :width], plain.pixels[b, :, :height, :width].flip(2))
+        for n in range(len(row.instances)):
+            x1, y1, x2, y2 = plain_targets.boxes[b, n].tolist()
+            assert flipped_targets.boxes[b, n].tolist() == [width - x2, y1, width - x1, y2]
+            before = bitmaps(plain_targets.masks, b * most + n, (height, width))
+            after = bitmaps(flipped_targets.masks, b * most + n, (height, width))
+            np.testing.assert_array_equal(after, before[:, ::-1])
+
+
+def test_objects_without_extent_or_mask(dataset: ShardDataset) -> None:
+    row = dataset.read(0)
+    first = row.instances[0]
+    instances = [first | {"box": [5.0, 5.0, 5.0, 9.0]}, first | {"segmentation": None, "iscrowd": True}]
+    _, targets = collate([replace(row, instances=instances)], seeds=[7], flips=[True])
+    assert targets.labels.tolist() == [[first["label"]]]
+    assert targets.iscrowd.tolist() == [[True]]
+    assert targets.masks.offsets.tolist() == [0, 0]
+    _, nothing = collate([replace(row, instances=[])], seeds=[7], flips=[False])
+    assert nothing.boxes.shape == (1, 0, 4)
+    assert nothing.masks.offsets.tolist() == [0]
+
+
+def test_flip_probability_is_obeyed(dataset: ShardDataset) -> None:
+    never, always = take(dataset, 1, flip=0.0)[0], take(dataset, 1, flip=1.0)[0]
+    b, (height, width) = 0, never.images.sizes[0].tolist()
+    assert torch.equal(never.images.pixels[b, :, :height, :width].flip(2), always.images.pixels[b, :, :height, :width])
+
+
+def test_errors_of_threads_reach_the_caller(dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: ShardDataset, index: int) -> Row:
+        raise ValueError(f"row {index} is broken")
+
+    monkeypatch.setattr(ShardDataset, "read", read)
+    with pytest.raises(ValueError, match="is broken"):
+        take(dataset, 1)
+
+
+def test_closing_ends_the_threads(dataset: ShardDataset) -> None:
+    stream = batches(dataset, seed=0, global_batch=2)
+    next(stream)
+    assert any(thread.name.startswith("prefetch") for thread in threading.enumerate())
+    stream.close()  # type: ignore[attr-defined]
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
+
+
+def test_global_batch_must_be_shared_equally(dataset: ShardDataset) -> None:
+    with pytest.raises(ValueError, match=r"global batch is 5, .* multiple of the 2 workers"):
+        batches(dataset, seed=0, global_batch=5, world_size=2)
+
+
+def test_missing_data_set(tmp_path: str) -> None:
+    with pytest.raises(FileNotFoundError, match="run `mrcnn build-data`"):
+        ShardDataset(f"{tmp_path}/nothing")

@@ -1,0 +1,63 @@
+"""Run lengths against bitmaps and against pycocotools."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from pycocotools import mask as coco_mask
+
+from pipelines.rle import bitmap_from_ends, ends_from_bitmap, ends_from_counts, flip_ends, segmentation_ends
+
+sides = st.tuples(st.integers(1, 24), st.integers(1, 24))
+bitmaps = st.one_of(
+    hnp.arrays(np.uint8, sides, elements=st.integers(0, 1)),
+    hnp.arrays(np.uint8, sides, elements=st.just(1)),
+    hnp.arrays(np.uint8, sides, elements=st.integers(0, 1), fill=st.just(1)),
+)
+
+
+@given(bitmaps)
+@settings(deadline=None, max_examples=300)
+def test_runs_are_those_of_pycocotools(bitmap: np.ndarray) -> None:
+    ends = ends_from_counts(coco_mask.encode(np.asfortranarray(bitmap))["counts"])
+    np.testing.assert_array_equal(ends, ends_from_bitmap(bitmap))
+    np.testing.assert_array_equal(bitmap_from_ends(ends, *bitmap.shape), bitmap)
+
+
+@given(bitmaps)
+@settings(deadline=None, max_examples=300)
+def test_flip_is_that_of_the_bitmap(bitmap: np.ndarray) -> None:
+    flipped = flip_ends(ends_from_bitmap(bitmap), *bitmap.shape)
+    np.testing.assert_array_equal(flipped, ends_from_bitmap(bitmap[:, ::-1]))
+
+
+def test_long_runs() -> None:
+    bitmap = np.zeros((1200, 1300), np.uint8)
+    bitmap[:, 700:] = 1
+    bitmap[600, 650] = 1
+    ends = ends_from_counts(coco_mask.encode(np.asfortranarray(bitmap))["counts"])
+    np.testing.assert_array_equal(ends, ends_from_bitmap(bitmap))
+    np.testing.assert_array_equal(flip_ends(ends, 1200, 1300), ends_from_bitmap(bitmap[:, ::-1]))
+
+
+@pytest.mark.parametrize("counts", [b"", b"\xff\xff", b" ", b"P", b"PPPPPPPPPPPPPPPP0"])
+def test_damaged_counts(counts: bytes) -> None:
+    with pytest.raises(ValueError, match="run"):
+        ends_from_counts(counts)
+
+
+def test_segmentations() -> None:
+    square = [2.0, 1.0, 6.0, 1.0, 6.0, 4.0, 2.0, 4.0]
+    ends = segmentation_ends({"polygons": [square], "rle": None}, 8, 10)
+    expected = np.zeros((8, 10), np.uint8)
+    expected[1:4, 2:6] = 1
+    np.testing.assert_array_equal(bitmap_from_ends(ends, 8, 10), expected)
+    assert len(segmentation_ends(None, 8, 10)) == 0
+    counts = coco_mask.encode(np.asfortranarray(expected))["counts"].decode()
+    rle = {"polygons": None, "rle": {"size": [8, 10], "counts": counts}}
+    np.testing.assert_array_equal(segmentation_ends(rle, 8, 10), ends)
+    with pytest.raises(ValueError, match="80 pixels"):
+        segmentation_ends(rle, 8, 11)

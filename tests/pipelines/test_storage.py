@@ -1,0 +1,137 @@
+"""Stores: the same on disk and on S3, never outside their root, errors in words."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.storage import local_copy, open_store, read_uri
+
+NAMES = ["a/deep/one.jpg", "a/two.JPG", "b.txt", "with space/ünicode.png"]
+
+
+@pytest.fixture(params=["disk", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "disk":
+        return str(tmp_path / "root")
+    return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+
+
+def test_write_read_list_remove(root: str) -> None:
+    store = open_store(root + "/")
+    assert list(store.list()) == []
+    for name in NAMES:
+        store.write_bytes(name, name.encode())
+    store.write_bytes(".hidden/file", b"")
+    assert list(store.list()) == NAMES
+    assert list(store.list((".jpg", ".png"))) == [NAMES[0], NAMES[1], NAMES[3]]
+    assert store.read_bytes(NAMES[3]) == NAMES[3].encode()
+    assert store.read_range(NAMES[0], 2, 4) == b"deep"
+    assert store.size(NAMES[0]) == len(NAMES[0])
+    assert read_uri(f"{root}/{NAMES[2]}") == b"b.txt"
+    assert list(store.join("a").list()) == ["deep/one.jpg", "two.JPG"]
+    assert store.exists("a/two.JPG")
+    assert store.exists("a")
+    assert not store.exists("c")
+    store.remove("b.txt")
+    store.remove_folder("a")
+    store.remove_folder("never there")
+    assert list(store.list()) == [NAMES[3]]
+
+
+def test_new_file_appears_only_when_complete(root: str) -> None:
+    store = open_store(root)
+
+    def write_half() -> None:
+        with store.new_file("large") as part:
+            part.write_bytes(b"half")
+            raise RuntimeError("half")
+
+    with pytest.raises(RuntimeError, match="half"):
+        write_half()
+    assert not store.exists("large")
+    with store.new_file("large") as part:
+        part.write_bytes(b"whole")
+        assert not store.exists("large")
+    assert store.read_bytes("large") == b"whole"
+    if store.is_local:
+        assert [path.name for path in store.path.iterdir()] == ["large"], "nothing half-written stays behind"
+
+
+def test_local_copy_holds_the_files(root: str) -> None:
+    store = open_store(root)
+    for name in NAMES:
+        store.write_bytes(name, name.encode())
+    with local_copy(root, names=("b.txt",)) as folder:
+        assert (folder / "b.txt").read_bytes() == b"b.txt"
+    with local_copy(root) as folder:
+        assert (folder / NAMES[3]).read_bytes() == NAMES[3].encode()
+    assert folder.exists() == store.is_local, "a download goes, the original stays"
+
+
+@pytest.mark.parametrize("name", ["", "/etc/passwd", "../secret", "a/../../secret", "s3://other/file", "nul\0"])
+def test_names_never_lead_out(root: str, name: str) -> None:
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        open_store(root).read_bytes(name)
+
+
+def test_missing_file_and_folder(root: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"no file {root}/nothing"):
+        open_store(root).read_bytes("nothing")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        open_store(root).read_bytes("x" * 300)
+    with pytest.raises(FileNotFoundError, match=f"no folder {root}/nothing"):
+        open_store(f"{root}/nothing").check_folder()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("ftq://host/x", "unknown scheme 'ftq'"),
+        ("s3://", "names no bucket"),
+        ("s3://key:secret@bucket/x", "must not hold credentials"),
+    ],
+)
+def test_bad_uris(uri: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        open_store(uri)
+    assert "key:secret" not in str(error.value)
+
+
+def test_missing_bucket(s3: str) -> None:
+    store = open_store("s3://no-such-bucket/x")
+    with pytest.raises(FileNotFoundError, match="no-such-bucket"):
+        store.check_folder()
+    with pytest.raises(FileNotFoundError, match="no-such-bucket"):
+        store.write_bytes("file", b"")
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
+def test_wrong_credentials_fail_within_seconds(s3: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(f"{s3}/folder")
+    monkeypatch.setenv(name, "wrong-value")
+    start = time.monotonic()
+    with pytest.raises(PermissionError, match="AWS_ACCESS_KEY_ID") as error:
+        store.check_folder()
+    with pytest.raises(PermissionError, match="refused"):
+        store.read_bytes("file")
+    assert time.monotonic() - start < 10
+    assert "wrong-value" not in str(error.value)
+
+
+def test_no_credentials(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(PermissionError, match="no credentials"):
+        open_store(s3).read_bytes("file")
+
+
+def test_unreachable_endpoint_fails_within_seconds(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"cannot be reached at AWS_ENDPOINT_URL=http://127.0.0.1:9"):
+        open_store(f"{s3}/folder").check_folder()
+    assert time.monotonic() - start < 20
