@@ -23,7 +23,8 @@ assert set(PRESETS) == set(Preset.__args__)  # type: ignore[attr-defined]
 DESCRIPTION = """Mask R-CNN on Ray: from images in an object store to masks.
 
 A URI is a local path or s3://bucket/prefix. The S3 endpoint and credentials come from AWS_ENDPOINT_URL,
-AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLflow's address from MLFLOW_TRACKING_URI, a running Ray cluster's from RAY_ADDRESS."""
+AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLflow's address from MLFLOW_TRACKING_URI, a running Ray cluster's from
+RAY_ADDRESS."""
 
 
 def toy_data(out: str, images: int = 600, seed: int = 0, size: int = 128) -> None:
@@ -82,7 +83,7 @@ def evaluate(model: str, data: str, out: str | None = None, cpus: int | None = N
     from jobs.evaluate import evaluate as run
 
     with ray_session(cpus):
-        run(model, data, out)
+        print(run(model, data, out))
 
 
 def register(run: str, name: str) -> None:

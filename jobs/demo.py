@@ -45,7 +45,7 @@ class _Shell:
             print(line, end="", flush=True)
             found = re.findall(r"([\d.]+) images/s", line)
             if found:
-                self.speeds[stage] = float(found[-1])
+                self.speeds.setdefault(stage, float(found[-1]))
         if process.wait():
             raise RuntimeError(
                 f"the demo stopped: mrcnn {command.split()[0]} failed with exit code {process.returncode}"

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import ray
 import ray.data
-from pycocotools import mask as coco_mask
 
 from mrcnn.evaluation import Metrics, coco_results, evaluate_coco
 from mrcnn.model import MaskRCNN
@@ -19,9 +18,8 @@ from mrcnn.structures import Category
 from mrcnn.weights import model_from_files
 from pipelines.loader import Row, ShardDataset
 from pipelines.predict import ModelFiles, model_pool, place_model
-from pipelines.rle import bitmap_from_ends, segmentation_ends
+from pipelines.scaling import Scaling, scale_instance
 from pipelines.storage import split_uri
-from pipelines.transforms import resize_mask
 
 ROWS_A_BATCH = 8  # that an actor takes at a time; the model sees them one by one
 
@@ -99,7 +97,7 @@ def judge_rows(model: MaskRCNN, dataset: ShardDataset, indices: Iterable[int]) -
     judged = []
     for index in indices:
         row = dataset.read(index)
-        (found,) = model.predict_resized([row.image], [row.source_size])
+        (found,) = model.predict([row.image], source_sizes=[row.source_size])
         height, width = row.source_size
         judged.append(
             JudgedRow(
@@ -147,25 +145,15 @@ def _judge_in_parallel(files: ModelFiles, dataset: ShardDataset) -> list[JudgedR
 
 
 def _annotation(row: Row, instance: dict[str, Any]) -> dict[str, Any]:
-    (source_height, source_width), (height, width) = row.source_size, row.image.shape[:2]
-    scale_x, scale_y = source_width / width, source_height / height
-    x1, y1, x2, y2 = instance["box"]
+    stored = (row.image.shape[0], row.image.shape[1])
+    source = scale_instance(instance, Scaling(stored, row.source_size))
+    x1, y1, x2, y2 = source["box"]
+    segmentation = source["segmentation"] or {"polygons": [], "rle": None}
     return {
         "image_id": row.image_id,
-        "category_id": instance["category_id"],
-        "bbox": [x1 * scale_x, y1 * scale_y, (x2 - x1) * scale_x, (y2 - y1) * scale_y],
-        "area": instance["area"] * scale_x * scale_y,
-        "iscrowd": int(instance["iscrowd"]),
-        "segmentation": _source_segmentation(row, instance["segmentation"], (scale_x, scale_y)),
+        "category_id": source["category_id"],
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": source["area"],
+        "iscrowd": int(source["iscrowd"]),
+        "segmentation": segmentation["rle"] or segmentation["polygons"],
     }
-
-
-def _source_segmentation(row: Row, segmentation: dict[str, Any] | None, scale: tuple[float, float]) -> Any:
-    if segmentation is None:
-        return []
-    if segmentation["rle"] is None:
-        return [(np.asarray(each).reshape(-1, 2) * scale).ravel().tolist() for each in segmentation["polygons"]]
-    stored = (row.image.shape[0], row.image.shape[1])
-    ends = resize_mask(segmentation_ends(segmentation, *stored), stored, row.source_size)
-    rle = coco_mask.encode(np.asfortranarray(bitmap_from_ends(ends, *row.source_size)))
-    return {"size": list(row.source_size), "counts": rle["counts"].decode()}

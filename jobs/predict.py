@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
+from ray.data import DataContext
 from tqdm import tqdm
 
 from jobs.registry import ResolvedModel, resolve_model
@@ -201,6 +202,7 @@ def _run(chunks: Sequence[Chunk], resolved: ResolvedModel, settings: PredictSett
     if not chunks:
         return receipts
     total = sum(len(chunk.names) for chunk in chunks)
+    DataContext.get_current().enable_progress_bars = False  # ours counts images
     with tqdm(total=total, unit="image", desc="predict", disable=None) as bar:
         for receipt in predict_chunks(chunks, resolved.files, settings):
             receipts[receipt.part] = receipt

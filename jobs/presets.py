@@ -52,11 +52,11 @@ TOY = TrainConfig(
         input=InputConfig(shorter_side=128, longer_side=256),
     ),
     optimizer=OptimizerConfig(base_lr=0.04, warmup_steps=50, decay_at=(0.7, 0.9), clip_norm=10.0),
-    steps=700,
+    steps=600,
     global_batch=8,
     log_every=20,
-    evaluate_every=350,
-    checkpoint_every=175,
+    evaluate_every=300,
+    checkpoint_every=150,
 )
 """The demo's: learns the toy data set from scratch on two CPU cores in minutes."""
 

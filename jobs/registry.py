@@ -132,14 +132,14 @@ def promote(name: str, version: int, alias: str = CHAMPION, *, force: bool = Fal
     candidate = _find_version(f"models:/{name}/{version}")
     with tracking.readable_errors():
         store = tracking.client()
-        present = store.get_registered_model(name).aliases.get(alias)
-        if present is not None and str(present) == str(version):
+        present = str(store.get_registered_model(name).aliases.get(alias, ""))
+        if present == str(version):
             return
-        if present is not None:
+        if present:
             if not force:
-                _check_not_worse(candidate, store.get_model_version(name, str(present)), alias)
+                _check_not_worse(candidate, store.get_model_version(name, present), alias)
             previous = PREVIOUS if alias == CHAMPION else f"{PREVIOUS}-{alias}"
-            store.set_registered_model_alias(name, previous, str(present))
+            store.set_registered_model_alias(name, previous, present)
         if force:
             store.set_model_version_tag(name, str(version), FORCED_TAG, alias)
         store.set_registered_model_alias(name, alias, str(version))

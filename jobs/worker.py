@@ -105,7 +105,7 @@ class _Worker:
             start_images=self.engine.images_seen,
             flip=self.config.flip,
             threads=self.config.loader_threads,
-            size_divisor=self.config.model.input.size_divisor,
+            network_input=self.config.model.input,
         )
         metrics: dict[str, float] | None = None
         with closing(stream):  # type: ignore[type-var]
@@ -164,7 +164,7 @@ class _Worker:
         assert self.logger is not None
         for i in range(min(self.config.pictures, len(self.val_data))):
             row = self.val_data.read(i)
-            found = self.model.predict_resized([row.image], [row.image.shape[:2]])[0]
+            (found,) = self.model.predict([row.image])
             picture = draw_detections(row.image, found, self.val_data.categories)
             self.logger.image(picture, f"val/image_{i}", self.engine.step)
 

@@ -60,37 +60,46 @@ class MaskRCNN(nn.Module):
         pixels = normalize(images, self.config.input.mean, self.config.input.std)
         return self.backbone(pixels.contiguous(memory_format=torch.channels_last))
 
-    def predict(self, images: Sequence[np.ndarray], *, batch_size: int = 1) -> list[Detections]:
-        """Detect objects in images, each (H, W, 3) uint8 RGB, of any size.
+    def predict(
+        self,
+        images: Sequence[np.ndarray],
+        *,
+        source_sizes: Sequence[tuple[int, int]] | None = None,
+        batch_size: int = 1,
+    ) -> list[Detections]:
+        """Detect objects in images, each (H, W, 3) uint8 RGB, of any size: they are resized here where they have to be.
 
         Images of a batch are padded together, which moves results a little, as in every Mask R-CNN; with
         batch_size 1 an image's result does not depend on the others.
 
+        Args:
+            images: what to look at
+            source_sizes: (height, width) of the originals of images that were resized before; detections are in those
+            batch_size: images that the network sees at a time
+
         Raises:
             ValueError: for an array of another shape or type.
         """
-        settings = self.config.input
-        network_images = []
         for i, image in enumerate(images):
             check_image(image, f"images[{i}]")
-            size = resized_size(*image.shape[:2], shorter_side=settings.shorter_side, longer_side=settings.longer_side)
-            network_images.append(resize_image(image, *size))
-        return self.predict_resized(network_images, [im.shape[:2] for im in images], batch_size=batch_size)
-
-    def predict_resized(
-        self, images: Sequence[np.ndarray], source_sizes: Sequence[tuple[int, int]], *, batch_size: int = 1
-    ) -> list[Detections]:
-        """The same for images that have the network's size already, such as those of a shard."""
+        sizes = [(im.shape[0], im.shape[1]) for im in images] if source_sizes is None else source_sizes
+        device = next(self.parameters()).device
         was_training = self.training
         self.eval()
-        device = next(self.parameters()).device
         found: list[Detections] = []
         for start in range(0, len(images), batch_size):
             some = slice(start, start + batch_size)
-            batch = batch_images(images[some], size_divisor=self.config.input.size_divisor)
-            found += self.detect(batch.to(device, non_blocking=True), source_sizes[some])
+            network_images = [self._network_image(image) for image in images[some]]
+            batch = batch_images(network_images, size_divisor=self.config.input.size_divisor)
+            found += self.detect(batch.to(device, non_blocking=True), sizes[some])
         self.train(was_training)
         return found
+
+    def _network_image(self, image: np.ndarray) -> np.ndarray:
+        bounds = self.config.input
+        height, width = image.shape[:2]
+        size = resized_size(height, width, shorter_side=bounds.shorter_side, longer_side=bounds.longer_side)
+        return resize_image(image, *size)
 
     def _in_source_pixels(
         self, found: BoxResult, mask_probs: Tensor, size: Sequence[int], source_size: tuple[int, int]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count
 from typing import Any
@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mrcnn.preprocess import batch_images
+from mrcnn.config import InputConfig
+from mrcnn.preprocess import batch_images, resize_image, resized_size
 from mrcnn.structures import Category, ImageBatch, RunLengthMasks, Targets
 from pipelines.manifest import Manifest
 from pipelines.prefetch import prefetched
 from pipelines.rle import flip_ends, segmentation_ends
+from pipelines.scaling import Scaling, scale_instance
 from pipelines.shards import ShardReader
 from pipelines.storage import open_store
 from pipelines.transforms import decode_stored
@@ -139,14 +141,14 @@ def batches(
     flip: float = 0.5,
     threads: int = 2,
     prefetch: int = 4,
-    size_divisor: int = 32,
+    network_input: InputConfig | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of `rank`, read ahead by threads. Close the iterator to stop them.
 
     `start_images` is the number of images that all ranks together have consumed before: the stream goes on
     there. Every image comes once in each epoch; a step may span two epochs. Each image is mirrored with
-    probability `flip`. Raises ValueError where `world_size` does not divide `global_batch`, or the data set
-    is empty.
+    probability `flip`, and resized to what `network_input` asks for; without one it keeps the size it is stored in.
+    Raises ValueError where `world_size` does not divide `global_batch`, or the data set is empty.
     """
     if global_batch < 1 or global_batch % world_size:
         raise ValueError(f"global batch is {global_batch}, but must be a positive multiple of the {world_size} workers")
@@ -156,7 +158,7 @@ def batches(
     share = global_batch // world_size
     places = (range(start, start + share) for start in count(start_images + rank * share, global_batch))
     order = _Order(seed, len(dataset))
-    load = partial(_load, dataset=dataset, order=order, flip=flip, size_divisor=size_divisor)
+    load = partial(_load, dataset=dataset, order=order, flip=flip, network_input=network_input)
     return prefetched(load, places, threads=threads, ahead=prefetch)
 
 
@@ -176,17 +178,31 @@ class _Order:
         return epoch, int(order[position])
 
 
-def _load(places: range, *, dataset: ShardDataset, order: _Order, flip: float, size_divisor: int) -> Batch:
+def _load(
+    places: range, *, dataset: ShardDataset, order: _Order, flip: float, network_input: InputConfig | None
+) -> Batch:
     epochs, indices = zip(*(order(place) for place in places), strict=True)
-    rows = [dataset.read(index) for index in indices]
+    rows = [resize_row(dataset.read(index), network_input) for index in indices]
     keys = [(order.seed, epoch, row.image_id) for epoch, row in zip(epochs, rows, strict=True)]
     images, targets = collate(
         rows,
         seeds=[image_seed(*key) for key in keys],
         flips=[image_seed(*key, purpose="flip") < flip * 2**63 for key in keys],
-        size_divisor=size_divisor,
+        size_divisor=network_input.size_divisor if network_input else 32,
     )
     return Batch(images, targets, tuple(row.image_id for row in rows))
+
+
+def resize_row(row: Row, network_input: InputConfig | None) -> Row:
+    """The row with its image and instances at the network's size; unchanged if it is stored in that size."""
+    if network_input is None:
+        return row
+    height, width = row.image.shape[:2]
+    shorter, longer = network_input.shorter_side, network_input.longer_side
+    size = resized_size(height, width, shorter_side=shorter, longer_side=longer)
+    scaling = Scaling((height, width), size)
+    instances = [scale_instance(instance, scaling) for instance in row.instances]
+    return replace(row, image=resize_image(row.image, *size), instances=instances)
 
 
 def collate(

@@ -19,10 +19,11 @@ from pipelines.config import Encoding
 from pipelines.manifest import ShardInfo
 from pipelines.prefetch import prefetched
 from pipelines.records import ImageRecord, Reject, RejectedAnnotation, Stage
+from pipelines.scaling import Scaling
 from pipelines.shards import write_shard
 from pipelines.storage import Store
 from pipelines.transforms import DecodeError, Pixels, decode, encode, use_one_thread
-from pipelines.validate import AnnotationError, Scaling, to_instance
+from pipelines.validate import AnnotationError, to_instance
 
 PROGRESS = "_progress"
 READ_THREADS = 4  # hide the latency of S3

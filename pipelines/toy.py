@@ -107,10 +107,11 @@ def make_toy_data(
 
 def _make_and_write(store: Store, index: int, **how: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     image = make_toy_image(index=index, **how)
-    name = f"{index:06d}.jpg"
+    image_id = index + 1
+    name = f"{image_id:012d}.jpg"  # as COCO's files have their image's id
     store.write_bytes(name, simplejpeg.encode_jpeg(image.pixels, quality=92, colorspace="RGB", colorsubsampling="444"))
     height, width = image.pixels.shape[:2]
-    return {"id": index + 1, "file_name": name, "height": height, "width": width}, image.annotations
+    return {"id": image_id, "file_name": name, "height": height, "width": width}, image.annotations
 
 
 def _coco(records: list[tuple[dict[str, Any], list[dict[str, Any]]]], seed: int) -> dict[str, Any]:

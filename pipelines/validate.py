@@ -7,38 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
-from pipelines.rle import Ends, bitmap_from_ends, ends_from_counts
-from pipelines.transforms import resize_mask
+from pipelines.rle import Ends, ends_from_counts
+from pipelines.scaling import Scaling, scale_keypoints, scale_points, scale_rle
 
 FAR = 1.0  # image sides by which a polygon may leave the image: farther is a mistake, and slow to rasterise
 
 
 class AnnotationError(ValueError):
     """An annotation that cannot be used; the message is the reject's reason."""
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Sizes (height, width) of the source and of the stored image."""
-
-    source: tuple[int, int]
-    stored: tuple[int, int]
-
-    @property
-    def y(self) -> float:
-        """Factor for vertical coordinates."""
-        return self.stored[0] / self.source[0]
-
-    @property
-    def x(self) -> float:
-        """Factor for horizontal coordinates."""
-        return self.stored[1] / self.source[1]
 
 
 def to_instance(annotation: dict[str, Any], scaling: Scaling) -> dict[str, Any]:
@@ -75,7 +55,7 @@ def _box(bbox: Any, scaling: Scaling) -> list[float]:
     x, y, width, height = numbers
     if width <= 0 or height <= 0:
         raise AnnotationError(f"box has no extent: {width:g} x {height:g}")
-    rows, columns = scaling.source
+    rows, columns = scaling.before
     left, right = max(x, 0.0), min(x + width, float(columns))
     top, bottom = max(y, 0.0), min(y + height, float(rows))
     if left >= right or top >= bottom:
@@ -94,23 +74,19 @@ def _area(area: Any, bbox: Sequence[float], scaling: Scaling) -> float:
 
 
 def _keypoints(keypoints: Any, scaling: Scaling) -> list[float] | None:
-    """COCO gives pixel numbers, whose centres lie half a pixel further; unlabelled points stay 0, 0, 0."""
     if keypoints is None:
         return None
     numbers = _numbers(keypoints, "keypoints")
     if len(numbers) % 3:
         raise AnnotationError(f"keypoints are not triples: {len(numbers)} numbers")
-    points = np.array(numbers).reshape(-1, 3)
-    labelled = points[:, 2] > 0
-    points[labelled, :2] = (points[labelled, :2] + 0.5) * [scaling.x, scaling.y] - 0.5
-    return points.ravel().tolist()
+    return scale_keypoints(np.array(numbers), scaling)
 
 
 def _segmentation(value: Any, scaling: Scaling) -> dict[str, Any] | None:
     if value is None or value == []:
         return None
     if isinstance(value, dict):
-        return {"polygons": None, "rle": _scaled_rle(_rle_ends(value, scaling.source), scaling)}
+        return {"polygons": None, "rle": scale_rle(_rle_ends(value, scaling.before), scaling)}
     if not isinstance(value, list):
         raise AnnotationError("segmentation is neither polygons nor run lengths")
     return {"polygons": _polygons(value, scaling), "rle": None}
@@ -118,7 +94,7 @@ def _segmentation(value: Any, scaling: Scaling) -> dict[str, Any] | None:
 
 def _polygons(value: list[Any], scaling: Scaling) -> list[list[float]]:
     scaled, total = [], 0.0
-    rows, columns = scaling.source
+    rows, columns = scaling.before
     for each in value:
         numbers = _numbers(each, "polygon")
         if len(numbers) < 6 or len(numbers) % 2:
@@ -127,7 +103,7 @@ def _polygons(value: list[Any], scaling: Scaling) -> list[list[float]]:
         if max((abs(x - columns / 2) / columns).max(), (abs(y - rows / 2) / rows).max()) > 0.5 + FAR:
             raise AnnotationError("polygon lies far outside the image")
         total += abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
-        scaled.append(np.stack([x * scaling.x, y * scaling.y], axis=1).ravel().tolist())
+        scaled.append(scale_points(numbers, scaling))
     if total == 0:
         raise AnnotationError("polygon has no area")
     return scaled
@@ -150,10 +126,3 @@ def _rle_ends(rle: dict[str, Any], size: tuple[int, int]) -> Ends:
     if len(ends) == 0 or ends[-1] != size[0] * size[1]:
         raise AnnotationError(f"run lengths do not fill the image: {ends[-1] if len(ends) else 0} pixels")
     return ends
-
-
-def _scaled_rle(ends: Ends, scaling: Scaling) -> dict[str, Any]:
-    ends = resize_mask(ends, scaling.source, scaling.stored)
-    bitmap = bitmap_from_ends(ends, *scaling.stored)
-    counts = coco_mask.encode(np.asfortranarray(bitmap))["counts"].decode()
-    return {"size": list(scaling.stored), "counts": counts}

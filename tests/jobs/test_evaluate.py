@@ -32,9 +32,7 @@ class Omniscient:
     def __init__(self, dataset: ShardDataset) -> None:
         self.categories, self.dataset, self.calls = dataset.categories, dataset, 0
 
-    def predict_resized(
-        self, images: Sequence[np.ndarray], source_sizes: Sequence[tuple[int, int]]
-    ) -> list[Detections]:
+    def predict(self, images: Sequence[np.ndarray], source_sizes: Sequence[tuple[int, int]]) -> list[Detections]:
         (image,), ((height, width),) = images, source_sizes
         row = self.dataset.read(self.calls)
         self.calls += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +16,13 @@ import torch
 from models import SMALL
 from pycocotools import mask as coco_mask
 
-from jobs.evaluate import evaluate
+from jobs.evaluate import judge_rows, metrics_of
 from jobs.predict import PredictSummary, predict
 from mrcnn import InputConfig, MaskRCNN, load_model, save_model
 from mrcnn.evaluation import evaluate_coco
 from pipelines.loader import ShardDataset
 from pipelines.predict import PREDICTIONS
-from pipelines.storage import open_store, upload
+from pipelines.storage import open_store
 from pipelines.toy import ToySummary
 
 BROKEN = "zz-broken.jpg"
@@ -46,18 +45,18 @@ def images(toy_data: ToySummary, tmp_path_factory: pytest.TempPathFactory) -> Pa
     shutil.copytree(toy_data.images_uri, folder, dirs_exist_ok=True)
     (folder / BROKEN).write_bytes(b"\xff\xd8\xff no jpeg")
     (folder / "notes.txt").write_text("no image")
-    (folder / "below").mkdir()
-    cv2.imwrite(str(folder / "below" / "tall.webp"), np.full((140, 90, 3), 127, np.uint8))
+    (folder / "00").mkdir()
+    cv2.imwrite(str(folder / "00" / "tall.webp"), np.full((140, 90, 3), 127, np.uint8))
     return folder
 
 
 @pytest.fixture(scope="module")
 def first(
     model: str, images: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[PredictSummary, Path]]:
+) -> tuple[PredictSummary, Path]:
     """One prediction, and where it is."""
     out = tmp_path_factory.mktemp("predictions")
-    yield predict(model, str(images), str(out), overlays=3), out
+    return predict(model, str(images), str(out), overlays=3), out
 
 
 def rows(out: Path) -> list[dict]:
@@ -68,7 +67,7 @@ def rows(out: Path) -> list[dict]:
 
 
 def snapshot(out: Path) -> dict[str, bytes]:
-    """All files, those that hold what the disk does with pictures' compression included."""
+    """All files and what is in them."""
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
@@ -85,7 +84,7 @@ def test_every_image_is_a_row_or_a_reject(first: tuple[PredictSummary, Path], im
     assert "18 images, 1 rejects" in str(summary)
     assert "images/s" in str(summary)
     tall = found[0]
-    assert (tall["uri"], tall["height"], tall["width"]) == (str(images / "below/tall.webp"), 140, 90)
+    assert (tall["uri"], tall["height"], tall["width"]) == (str(images / "00/tall.webp"), 140, 90)
 
 
 def test_rows_are_the_models_answers(first: tuple[PredictSummary, Path], model: str) -> None:
@@ -110,7 +109,9 @@ def test_the_average_precision_is_evaluates(
     results = json.loads((first[1] / "coco_results.json").read_text())
     assert len(results) == first[0].detections
     results = [{**r, "image_id": ids[r["image_id"]]} for r in results if ids[r["image_id"]] is not None]
-    ours, theirs = evaluate_coco(truth, results), evaluate(model, toy_shards).metrics
+    dataset = ShardDataset(toy_shards)
+    judged = judge_rows(load_model(model), dataset, range(len(dataset)))
+    ours, theirs = evaluate_coco(truth, results), metrics_of(judged, dataset.categories)
     assert ours.box == pytest.approx(theirs.box, abs=1e-6, nan_ok=True)
     assert ours.mask == pytest.approx(theirs.mask, abs=1e-6, nan_ok=True)
 
@@ -125,12 +126,12 @@ def test_the_manifest_says_what_made_it(first: tuple[PredictSummary, Path], mode
     }
     assert manifest["model"]["uri"] == model
     assert len(manifest["plan"]["model_sha256"]["model.safetensors"]) == 64
-    assert [c["name"] for c in manifest["categories"]][0] == "circle"
+    assert manifest["categories"][0]["name"] == "circle"
     assert not (first[1] / "_progress").exists()
 
 
 def test_the_first_images_are_drawn(first: tuple[PredictSummary, Path]) -> None:
-    pictures = [p for p in (first[1] / "overlays").rglob("*.png")]
+    pictures = list((first[1] / "overlays").rglob("*.png"))
     assert len(pictures) == 3
     assert min(max(cv2.imread(str(p)).shape) for p in pictures) >= 800
 
@@ -185,7 +186,7 @@ def test_another_model_or_other_images_are_refused(
     with pytest.raises(ValueError, match="holds predictions of another model: choose another --out"):
         predict(str(tmp_path / "model"), str(images), str(first[1]))
     with pytest.raises(ValueError, match="holds predictions of other images"):
-        predict(model, str(images / "below"), str(first[1]))
+        predict(model, str(images / "00"), str(first[1]))
     (tmp_path / "stray" / "predictions").mkdir(parents=True)
     (tmp_path / "stray" / "predictions" / "part-00000.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match="of unknown origin"):
@@ -199,8 +200,9 @@ def test_another_model_or_other_images_are_refused(
 def test_from_bucket_to_bucket(
     first: tuple[PredictSummary, Path], model: str, images: Path, s3: str, ray_cluster: None
 ) -> None:
-    upload(images, f"{s3}/predict/in")
-    upload(Path(model), f"{s3}/predict/model")
+    for folder, target in ((images, f"{s3}/predict/in"), (Path(model), f"{s3}/predict/model")):
+        for name in open_store(str(folder)).list():
+            open_store(target).write_bytes(name, (folder / name).read_bytes())
     predict(f"{s3}/predict/model", f"{s3}/predict/in", f"{s3}/predict/out", overlays=1)
     store = open_store(f"{s3}/predict/out")
     table = pq.read_table(io.BytesIO(store.read_bytes("predictions/part-00001.parquet")))

@@ -77,14 +77,14 @@ def test_every_image_and_object_is_there(toy_data: ToySummary, toy_shards: str) 
 
 def test_bad_images_become_rejects(config: BuildConfig, copy: Path) -> None:
     images = copy / "images"
-    data = (images / "000001.jpg").read_bytes()
-    (images / "000001.jpg").write_bytes(data[: len(data) // 2])
-    (images / "000003.jpg").write_bytes(b"")
-    (images / "000004.jpg").unlink()
-    (images / "000006.jpg").write_text("no image at all")
-    (images / "000007.jpg").unlink()
-    (images / "000007.jpg").mkdir()
-    (images / "000009.jpg").write_bytes((images / "000000.jpg").read_bytes())
+    data = (images / "000000000002.jpg").read_bytes()
+    (images / "000000000002.jpg").write_bytes(data[: len(data) // 2])
+    (images / "000000000004.jpg").write_bytes(b"")
+    (images / "000000000005.jpg").unlink()
+    (images / "000000000007.jpg").write_text("no image at all")
+    (images / "000000000008.jpg").unlink()
+    (images / "000000000008.jpg").mkdir()
+    (images / "000000000010.jpg").write_bytes((images / "000000000001.jpg").read_bytes())
     edit(config, lambda coco: coco["images"][9].update(width=1, height=1))
     edit(config, lambda coco: coco["images"].append({"id": 99, "file_name": "../../secret.jpg"}))
     summary = build(config)
@@ -92,12 +92,12 @@ def test_bad_images_become_rejects(config: BuildConfig, copy: Path) -> None:
     assert summary.totals.rows == 10
     found = {Path(each["uri"]).name: (each["stage"], each["reason"].split(":")[0]) for each in rejects(config.out)}
     assert found == {
-        "000001.jpg": ("decode", "damaged image"),
-        "000003.jpg": ("decode", "the file is empty"),
-        "000004.jpg": ("read", "no such file"),
-        "000006.jpg": ("decode", "not an image of a known format"),
-        "000007.jpg": ("read", "no such file"),
-        "000009.jpg": ("validate", "image is not of the annotated size"),
+        "000000000002.jpg": ("decode", "damaged image"),
+        "000000000004.jpg": ("decode", "the file is empty"),
+        "000000000005.jpg": ("read", "no such file"),
+        "000000000007.jpg": ("decode", "not an image of a known format"),
+        "000000000008.jpg": ("read", "no such file"),
+        "000000000010.jpg": ("validate", "image is not of the annotated size"),
         "secret.jpg": ("source", "file name leads out of the image folder"),
     }
     assert summary.rejects_by_reason["read: no such file"] == 2
@@ -246,10 +246,10 @@ def test_missing_bucket(config: BuildConfig, s3: str) -> None:
 
 def test_a_failing_task_ends_the_build_in_words(config: BuildConfig, copy: Path) -> None:
     """What the storage cannot do is no reject: here a link to itself stands for a disk that fails."""
-    path = copy / "images/000012.jpg"
+    path = copy / "images/000000000013.jpg"
     path.unlink()
     path.symlink_to(path)
-    with pytest.raises(ValueError, match=r"000012.jpg cannot be used: .*symbolic links"):
+    with pytest.raises(ValueError, match=r"000000000013.jpg cannot be used: .*symbolic links"):
         build(config)
     assert not Path(config.out, "manifest.json").exists()
     assert not list(Path(config.out).glob("**/*.part"))

@@ -11,13 +11,14 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from pipelines.rle import bitmap_from_ends, segmentation_ends
+from pipelines.scaling import Scaling
 from pipelines.sources.coco import read_coco
 from pipelines.storage import open_store
-from pipelines.validate import AnnotationError, Scaling, to_instance
+from pipelines.validate import AnnotationError, to_instance
 
 IMAGES = open_store("/images")
 SQUARE = [1.0, 1.0, 5.0, 1.0, 5.0, 5.0, 1.0, 5.0]
-SAME = Scaling(source=(10, 12), stored=(10, 12))
+SAME = Scaling(before=(10, 12), after=(10, 12))
 
 
 def image(id_: Any = 1, **other: Any) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def test_unusable_geometry_has_its_reason(wrong: dict, reason: str) -> None:
 
 
 def test_everything_is_scaled_with_the_image() -> None:
-    scaling = Scaling(source=(10, 12), stored=(20, 36))
+    scaling = Scaling(before=(10, 12), after=(20, 36))
     given = annotation(label=2, keypoints=[1, 2, 2, 0, 0, 0])
     instance = to_instance(given, scaling)
     assert instance["box"] == [3, 2, 15, 10]

@@ -65,7 +65,11 @@ def test_objects_stay_visible_and_shapes_vary() -> None:
 
 def test_writes_to_s3(s3: str) -> None:
     toy = make_toy_data(f"{s3}/toy", images=2, seed=1, size=32)
-    assert list(open_store(toy.out).list()) == ["annotations.json", "images/000000.jpg", "images/000001.jpg"]
+    assert list(open_store(toy.out).list()) == [
+        "annotations.json",
+        "images/000000000001.jpg",
+        "images/000000000002.jpg",
+    ]
 
 
 @pytest.mark.parametrize("wrong", [{"images": 0}, {"size": 8}, {"objects": (3, 2)}])
