@@ -62,8 +62,6 @@ def _connect(address: str | None, cpus: int | None) -> None:
 
     common: dict[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
     if address in (None, "local"):
-        # Its C++ parts call it an error that a pool of actors could in theory not be restarted, and say so each time.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(address="local", num_cpus=cpus, include_dashboard=True, dashboard_host="127.0.0.1", **common)
         return
     _check_reachable(address)

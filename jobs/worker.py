@@ -150,6 +150,9 @@ class _Worker:
 
     def _evaluate(self) -> dict[str, float]:
         """COCO AP on every validation image: each rank detects in its share, rank 0 computes and has the numbers."""
+        if self.world_size > 1:  # batch norm's statistics of the last step are each rank's own: rank 0's are exported
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, src=0)
         mine = range(self.rank, len(self.val_data), self.world_size)
         rows = gather(judge_rows(self.model, self.val_data, mine), self.rank, self.world_size)
         if self.logger is None:

@@ -43,7 +43,7 @@ TRAIN = ("--val-data", "v", "--storage", "s", "--run", "r")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("build-data", "--images", "no/such", "--annotations", "none.json", "--out", "o"), "none.json"),
+        (("build-data", "--images", "no/such", "--annotations", "none.json", "--out", "o"), "no/such"),
         (("build-data", "--images", "foo://x/y", "--annotations", "foo://x/a.json", "--out", "o"), "foo"),
         (("train", "toy", "--data", "no/such", *TRAIN), "no/such"),
         (
