@@ -22,7 +22,7 @@ R18_FPN_SMALL = TrainConfig(
         roi=RoIConfig(batch_size_per_image=64, box_channels=512, mask_channels=128, mask_norm="gn"),
         input=InputConfig(shorter_side=320, longer_side=533),
     ),
-    optimizer=OptimizerConfig(warmup_steps=100, clip_norm=10.0),
+    optimizer=OptimizerConfig(base_lr=0.08, warmup_steps=20, clip_norm=10.0),
     steps=2000,
     global_batch=4,
     evaluate_every=1000,

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -65,6 +66,7 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
             f"global_batch is {config.global_batch}, which {job.workers} workers cannot share equally: "
             "change one of them"
         )
+    weights = _absolute(job.weights)
     use_gpu = _check_cluster(job.workers)
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
@@ -74,7 +76,7 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
         val_data=val_data.uri,
         run_uri=run_store.uri,
         run=handle,
-        weights=job.weights,
+        weights=weights,
         resume=job.resume,
     )
     logger = tracking.RunLogger(handle)
@@ -87,6 +89,15 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     logger.finish("FINISHED")
     seconds = time.monotonic() - started
     return TrainSummary(handle.run_id, run_store.uri_of("model"), outcome, seconds)
+
+
+def _absolute(weights: str | None) -> str | None:
+    """The path as a worker, which runs in another directory, finds it."""
+    if weights is None:
+        return None
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"--weights: {weights} does not exist: give a .safetensors or .pth file")
+    return str(Path(weights).resolve())
 
 
 def _fit_to_data(config: TrainConfig, data: ShardDataset, val_data: ShardDataset) -> TrainConfig:
