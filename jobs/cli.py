@@ -6,6 +6,7 @@ shows where.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -186,14 +187,18 @@ def parse_train(preset: str, arguments: Sequence[str]) -> tuple[TrainJob, TrainC
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `mrcnn`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in a pipe, too, progress is seen as it is made
     try:
+        if words[:1] == ["train"] and len(words) > 1 and not words[1].startswith("-") and words[1] not in PRESETS:
+            raise ValueError(f"{words[1]!r} is no preset: take one of {', '.join(PRESETS)}")
         if len(words) > 2 - ("--help" in words) and words[0] == "train" and words[1] in PRESETS:
             run_train(words[1], words[2:])
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, args=words, prog="mrcnn", description=DESCRIPTION)
     except (ValueError, FileNotFoundError, PermissionError) as error:
         return _fail(error, code=2)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         return _fail(error, code=1)
     except KeyboardInterrupt:
         print("mrcnn: interrupted", file=sys.stderr)

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# What workers on other machines need to reach the same buckets and the same MLflow; sent, never logged.
-SHIPPED = (
-    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION",
-    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL",
-    "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
-)  # fmt: skip
+CONNECT_SECONDS = 5
 
-CONNECT_SECONDS = 5.0
+# Where buckets and MLflow are, for workers on other machines. No credential is among them: Ray writes a runtime_env
+# into its logs in clear. Those have to be in the nodes' own environment.
+SHIPPED = (
+    "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_TRACKING_URI",
+    "MLFLOW_S3_ENDPOINT_URL",
+)  # fmt: skip
 
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its coming default; unset, Ray warns of it in every worker
@@ -86,9 +86,10 @@ def _check_reachable(address: str) -> None:
 
 
 def _shipped_environment() -> dict[str, str]:
+    """Addresses for the workers, but not one with a password in it."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # a submitted job: its own runtime_env has reached the workers
         return {}
-    return {name: os.environ[name] for name in SHIPPED if name in os.environ}
+    return {name: os.environ[name] for name in SHIPPED if "@" not in os.environ.get(name, "@")}
 
 
 def _authenticate_locally() -> None:

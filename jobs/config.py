@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from mrcnn.config import ModelConfig, dataclass_from_dict, require
+from mrcnn.config import ModelConfig, check_choices, dataclass_from_dict, require
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class TrainConfig:
     """Validation images drawn with their detections at each evaluation."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in (
             "steps",
             "global_batch",

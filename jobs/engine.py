@@ -86,6 +86,16 @@ def check_finite(losses: dict[str, float], step: int) -> None:
     if not all(torch.isfinite(torch.tensor(list(losses.values()))).tolist()):
         parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         raise NonFiniteLossError(
-            f"the loss is not finite at step {step} ({parts}): lower optimizer.base_lr, lengthen "
-            "optimizer.warmup_steps or set optimizer.clip_norm, and go on with --resume"
+            f"the loss is not finite at step {step} ({parts}): lower --optimizer.base-lr, lengthen "
+            "--optimizer.warmup-steps or set --optimizer.clip-norm"
+        )
+
+
+def check_finite_weights(model: nn.Module, step: int) -> None:
+    """Raise NonFiniteLossError if a parameter or buffer is NaN or infinite: the last update, too, can do that."""
+    spoilt = [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
+    if spoilt:
+        raise NonFiniteLossError(
+            f"{len(spoilt)} tensors are not finite after step {step}, {spoilt[0]} first: "
+            "lower --optimizer.base-lr or set --optimizer.clip-norm"
         )

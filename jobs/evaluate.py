@@ -1,4 +1,8 @@
-"""`mrcnn evaluate`: COCO's numbers on every row of validation shards, in pixels of the source images."""
+"""`mrcnn evaluate`: COCO's numbers on every row of validation shards, in pixels of the source images.
+
+Polygons, boxes and areas come back from the shards as they were annotated, but for float32's rounding. Run-length masks
+were resized with the image, and are resized back: exact only where the shards hold the source's size.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +65,8 @@ def evaluate(model: str, data: str, out: str | None = None) -> EvaluationSummary
     from jobs.registry import resolve_model
 
     dataset = ShardDataset(data)
+    if out and Path(out).is_dir():
+        raise ValueError(f"--out {out} is a folder: name the JSON file to write")
     resolved = resolve_model(model)
     check_categories(model_from_files(resolved.files, model), model, dataset)
     started = time.monotonic()

@@ -89,6 +89,8 @@ def predict(model: str, images: str, out: str, *, overlays: int = 0) -> PredictS
         raise ValueError(f"--overlays is {overlays}, but must be 0 or more")
     started = time.monotonic()
     source, out_store = open_store(images).check_folder(), open_store(out)
+    if f"{out_store.uri}/".startswith(f"{source.uri}/"):
+        raise ValueError(f"--out {out_store.uri} lies in --images: its pictures would be taken for images")
     resolved = resolve_model(model)
     categories = model_from_files(resolved.files, model).categories
     chunks = _list_chunks(source)
@@ -109,7 +111,7 @@ def predict(model: str, images: str, out: str, *, overlays: int = 0) -> PredictS
         detections=sum(receipt.detections for receipt in receipts.values()),
         rejects_by_reason=by_reason((each.stage, each.reason) for each in rejects),
         images_made=sum(len(chunk.names) for chunk in missing),
-        overlays=len(drawn),
+        overlays=sum(len(_files_of(chunk, receipts[chunk.part], settings)) - 1 for chunk in chunks),
         seconds=time.monotonic() - started,
     )
 

@@ -7,7 +7,7 @@ installed.
 from __future__ import annotations
 
 import base64
-import io
+import binascii
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mrcnn import Detections, load_model
+from pipelines.transforms import DecodeError, decode
 
 ARTIFACT = "model"
 """Name of the artifact that is the folder with model.safetensors and config.json."""
@@ -70,15 +70,11 @@ def _images(column: Iterable[Any]) -> Iterable[np.ndarray]:
 
 
 def _decode(data: bytes | str, i: int) -> np.ndarray:
-    """RGB of an image file, upright. Raises ValueError with the place in the request."""
-    content = data.encode() if isinstance(data, str) else data
-    if _BASE64.fullmatch(content):  # MLflow's server hands some requests on as they came
-        content = base64.decodebytes(content)
+    """RGB of an image file, as `mrcnn predict` sees it. Raises ValueError with the place in the request."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"image {i} of the request is no image file, as bytes or base64: {error}") from error
+        return decode(base64.b64decode(data, validate=True) if isinstance(data, str) else data)
+    except (binascii.Error, DecodeError) as error:
+        raise ValueError(f"image {i} of the request is not an image file, as bytes or base64: {error}") from error
 
 
 set_model(MaskRCNNModel())

@@ -106,7 +106,7 @@ def register(run: str, name: str) -> int:
     """
     found = tracking.find_run(run)
     model_uri, metrics = found.data.tags.get(tracking.MODEL_URI_TAG), found.data.metrics
-    if model_uri is None or MASK_AP not in metrics:
+    if model_uri is None or MASK_AP not in metrics or found.info.status != "FINISHED":
         raise ValueError(f"run {run!r} ({found.info.status}) has no evaluated model: let its training finish first")
     model = resolve_model(model_uri)
     tags = {key: value for key, value in found.data.tags.items() if key.startswith("mrcnn.")}

@@ -28,6 +28,7 @@ import torch
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.telemetry import set_telemetry_client
+from sqlalchemy.exc import SQLAlchemyError
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 ARTIFACT_ROOT = "MRCNN_ARTIFACT_ROOT"
@@ -46,6 +47,7 @@ _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSW
 _USERINFO = re.compile(r"""://(?:[^\s/@:"']+:[^\s@"']+|[^\s/@"']+)@""")
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # 7 keep a user waiting for minutes on a wrong address
 set_telemetry_client()  # again: importing MLflow has looked at the variable already
 
 # The first use of a SQLite store tells of every migration of its tables.
@@ -75,7 +77,8 @@ def tracking_uri() -> str:
 def client() -> mlflow.MlflowClient:
     """MLflow's client for `tracking_uri()`, tracking and registry both."""
     uri = tracking_uri()
-    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with readable_errors():
+        return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 @contextmanager
@@ -83,9 +86,10 @@ def readable_errors() -> Iterator[None]:
     """Turn MLflow's exceptions into a ValueError that says where MLflow was looked for."""
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError, ImportError) as error:
         where = redact(os.environ.get(TRACKING_URI) or "mlflow.db in the working directory")
-        raise ValueError(f"MLflow ({TRACKING_URI}: {where}): {redact(error.message)}") from error
+        reason = error.message if isinstance(error, MlflowException) else str(error).split("\n")[0]
+        raise ValueError(f"MLflow ({TRACKING_URI}: {where}): {redact(reason)}") from error
 
 
 def create_run(
@@ -129,6 +133,22 @@ def find_run(name_or_id: str) -> Run:
         raise ValueError(f"no run is named {name_or_id!r} in MLflow at {redact(tracking_uri())}")
     ids = ", ".join(f"{run.info.run_id} ({run.info.status})" for run in runs)
     raise ValueError(f"{len(runs)} runs are named {name_or_id!r}, give one's id: {ids}")
+
+
+@contextmanager
+def run_status(handle: RunHandle) -> Iterator[None]:
+    """End a run with the status that fits how the block ends."""
+    logger = RunLogger(handle)
+    try:
+        yield
+    except BaseException as error:
+        try:
+            logger.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        except MlflowException as second:  # what went wrong first matters more
+            error.add_note(f"nor could the run's status be set: {redact(second.message)}")
+        raise
+    with readable_errors():
+        logger.finish("FINISHED")
 
 
 class RunLogger:

@@ -22,14 +22,16 @@ from jobs import tracking
 from jobs.checkpoint import Checkpoints
 from jobs.config import TrainConfig, TrainJob
 from jobs.worker import OUTCOME_FILE, Outcome, WorkerSettings, train_worker
+from mrcnn.model import MaskRCNN
+from mrcnn.weights import load_weights
 from pipelines.loader import ShardDataset
 from pipelines.storage import Store, open_store
 
 RUN_FILE = "run.json"
 MAX_FAILURES = 3  # restarts of the workers before the run is given up
 
-# Settings that may differ when a run goes on: they change neither what was learnt nor the order of images.
-FREE_TO_CHANGE = {
+# What may differ when a run goes on, beside optimizer.*: neither the model nor the order of images hangs on it.
+MAY_CHANGE = {
     "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "loader_threads", "pictures",
 }  # fmt: skip
 
@@ -66,37 +68,27 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
             f"global_batch is {config.global_batch}, which {job.workers} workers cannot share equally: "
             "change one of them"
         )
-    weights = _absolute(job.weights)
+    weights = _check_weights(job.weights, config, data)
     use_gpu = _check_cluster(job.workers)
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
-    settings = WorkerSettings(
-        config=config,
-        data=data.uri,
-        val_data=val_data.uri,
-        run_uri=run_store.uri,
-        run=handle,
-        weights=weights,
-        resume=job.resume,
-    )
-    logger = tracking.RunLogger(handle)
+    settings = WorkerSettings(config, data.uri, val_data.uri, run_store.uri, handle, weights)
     started = time.monotonic()
-    try:
+    with tracking.run_status(handle):
+        tracking.RunLogger(handle).json(config.to_dict(), "config.json")
         outcome = _fit(settings, workers=job.workers, use_gpu=use_gpu)
-    except BaseException:
-        logger.finish("FAILED")
-        raise
-    logger.finish("FINISHED")
     seconds = time.monotonic() - started
     return TrainSummary(handle.run_id, run_store.uri_of("model"), outcome, seconds)
 
 
-def _absolute(weights: str | None) -> str | None:
-    """The path as a worker, which runs in another directory, finds it."""
+def _check_weights(weights: str | None, config: TrainConfig, data: ShardDataset) -> str | None:
+    """The path as a worker, which runs in another directory, finds it; tried here, where an error is plain to see."""
     if weights is None:
+        if config.model.backbone.frozen_stages or config.model.backbone.norm == "frozen_bn":
+            print("warning: parts of the body are frozen as they are at random: give --weights, or set", flush=True)
+            print("         --model.backbone.norm gn --model.backbone.frozen-stages 0", flush=True)
         return None
-    if not Path(weights).is_file():
-        raise FileNotFoundError(f"--weights: {weights} does not exist: give a .safetensors or .pth file")
+    load_weights(MaskRCNN(config.model, data.categories), weights)
     return str(Path(weights).resolve())
 
 
@@ -127,43 +119,72 @@ def _open_run(
 ) -> tracking.RunHandle:
     """A new MLflow run, or the one that is resumed; run.json in the run's folder remembers which."""
     digests = {"data": data.manifest.digest, "val_data": val_data.manifest.digest}
+    saved = Checkpoints(store.uri).steps()
     if store.exists(RUN_FILE):
-        known = json.loads(store.read_bytes(RUN_FILE))
         if not job.resume:
             raise ValueError(f"{store.uri} has a run already: go on with --resume, or take another --run name")
-        _check_unchanged(store, known, config, digests)
+        known = _read_run_file(store)
+        if saved:  # without a checkpoint nothing has been learnt that other settings could contradict
+            _check_unchanged(store, known, config, digests, saved[-1])
         handle = tracking.reopen_run(known["run_id"])
     else:
-        handle = tracking.create_run(
-            experiment=job.experiment,
-            name=job.run,
-            params={**config.to_dict(), "workers": job.workers, "data": data.uri, "val_data": val_data.uri},
-            tags={
-                **tracking.standard_tags(),
-                tracking.MODEL_URI_TAG: store.uri_of("model"),
-                tracking.VAL_DIGEST_TAG: digests["val_data"],
-                "mrcnn.data_digest": digests["data"],
-            },
-        )
+        if saved:
+            raise ValueError(f"{store.uri} has checkpoints but no {RUN_FILE}: take another --run name")
+        if job.resume:
+            print(f"nothing to resume in {store.uri}: beginning a new run", flush=True)
+        # fails here, before MLflow has a run, where the storage cannot be written
+        store.write_bytes("config.json", json.dumps(config.to_dict(), indent=2).encode())
+        handle = _create_run(job, config, store, data, val_data)
     content = {"run_id": handle.run_id, "digests": digests, "config": config.to_dict()}
     store.write_bytes(RUN_FILE, json.dumps(content, indent=2).encode())
-    tracking.RunLogger(handle).json(config.to_dict(), "config.json")
     return handle
 
 
-def _check_unchanged(store: Store, known: dict[str, Any], config: TrainConfig, digests: dict[str, str]) -> None:
+def _create_run(
+    job: TrainJob, config: TrainConfig, store: Store, data: ShardDataset, val_data: ShardDataset
+) -> tracking.RunHandle:
+    where = {"workers": job.workers, "weights": job.weights, "data": data.uri, "val_data": val_data.uri}
+    return tracking.create_run(
+        experiment=job.experiment,
+        name=job.run,
+        params={**config.to_dict(), **where},
+        tags={
+            **tracking.standard_tags(),
+            tracking.MODEL_URI_TAG: store.uri_of("model"),
+            tracking.VAL_DIGEST_TAG: val_data.manifest.digest,
+            "mrcnn.data_digest": data.manifest.digest,
+        },
+    )
+
+
+def _read_run_file(store: Store) -> dict[str, Any]:
+    try:
+        known = json.loads(store.read_bytes(RUN_FILE))
+        return {key: known[key] for key in ("run_id", "digests", "config")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{store.uri_of(RUN_FILE)} is damaged ({error!r}): take another --run name") from error
+
+
+def _check_unchanged(
+    store: Store, known: dict[str, Any], config: TrainConfig, digests: dict[str, str], saved: int
+) -> None:
     for name, digest in digests.items():
-        if known["digests"][name] != digest:
+        if known["digests"].get(name) != digest:
             raise ValueError(f"{name} of {store.uri} was another data set: resume with the one it was begun with")
+    if config.steps < saved:
+        raise ValueError(f"steps is {config.steps}, but {store.uri} is at step {saved}: ask for at least as many")
     # through JSON, as tuples come back from it as lists
     before, now = (tracking.flat_params(json.loads(json.dumps(c))) for c in (known["config"], config.to_dict()))
-    changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
-    forbidden = sorted(set(changed) - FREE_TO_CHANGE)
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    details = {name: f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed}
+    forbidden = [name for name in changed if name not in MAY_CHANGE and not name.startswith("optimizer.")]
     if forbidden:
-        details = ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in forbidden)
         raise ValueError(
-            f"{store.uri} was begun with other settings ({details}): resume with the same, or start a new run"
+            f"{store.uri} was begun with other settings ({', '.join(details[name] for name in forbidden)}): "
+            "resume with the same, or start a new run"
         )
+    for line in details.values():
+        print(f"changed on resuming: {line}", flush=True)
 
 
 def _fit(settings: WorkerSettings, *, workers: int, use_gpu: bool) -> Outcome:
@@ -198,8 +219,9 @@ def _plain_error(error: TrainingFailedError, settings: WorkerSettings) -> Except
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     for failure in failures.values():
         cause = failure.__cause__ or failure
-        if isinstance(cause, ValueError):
-            return ValueError(str(cause))
+        for kind in (FileNotFoundError, PermissionError, ValueError):
+            if isinstance(cause, kind):
+                return kind(str(cause))
         return RuntimeError(f"training failed ({type(cause).__name__}: {cause}); {_newest_checkpoint(settings)}")
     return RuntimeError(f"training failed ({error}); {_newest_checkpoint(settings)}")
 

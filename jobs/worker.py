@@ -17,7 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.checkpoint import Checkpoints, Progress
 from jobs.config import TrainConfig
-from jobs.engine import Engine, Losses, NonFiniteLossError, check_finite, learning_rate, read_losses
+from jobs.engine import (
+    Engine,
+    Losses,
+    NonFiniteLossError,
+    check_finite,
+    check_finite_weights,
+    learning_rate,
+    read_losses,
+)
 from jobs.evaluate import JudgedRow, judge_rows, metrics_of
 from jobs.tracking import RunHandle, RunLogger
 from mrcnn.evaluation import Metrics
@@ -53,7 +61,6 @@ class WorkerSettings:
     run_uri: str
     run: RunHandle
     weights: str | None
-    resume: bool
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -92,10 +99,10 @@ class _Worker:
 
     def run(self) -> Outcome:
         """Train what is left, evaluate, export the model."""
-        saved = self.checkpoints.steps()
-        if saved:
-            self.checkpoints.restore(self.model, self.engine, saved[-1])
-            self._say(f"going on from {self.checkpoints.store.uri} at step {saved[-1]}")
+        newest = same_on_all_ranks(max(self.checkpoints.steps(), default=0), self.world_size, self.engine.device)
+        if newest:
+            self.checkpoints.restore(self.model, self.engine, newest)
+            self._say(f"going on from {self.checkpoints.store.uri} at step {newest}")
         stream = batches(
             self.data,
             seed=self.config.seed,
@@ -123,19 +130,25 @@ class _Worker:
         self.meter.add(self.engine.train_step(batch.images, batch.targets))
 
     def _after_step(self) -> dict[str, float] | None:
-        """What is due after a step: log, evaluate, save. Returns the metrics of an evaluation."""
+        """What is due after a step: log, save, evaluate. Returns the metrics of an evaluation."""
         step, config = self.engine.step, self.config
         is_last = step == config.steps
-        if step % config.log_every == 0 or is_last:
+        save = step % config.checkpoint_every == 0 or is_last
+        if step % config.log_every == 0 or save:  # a checkpoint is logged, too: nothing that is not finite is kept
             self._log()
-        metrics = None
-        if step % config.evaluate_every == 0 or is_last:
-            metrics = self._evaluate()
-        if self.rank == 0 and (step % config.checkpoint_every == 0 or is_last):
-            progress = Progress(step, self.engine.images_seen, config.seed, self.data.manifest.digest)
-            self.checkpoints.save(self.model, self.engine, progress, keep=config.keep_checkpoints)
+        if save:
+            self._save()
+        metrics = self._evaluate() if step % config.evaluate_every == 0 or is_last else None
         self.meter.restart()
         return metrics
+
+    def _save(self) -> None:
+        """Every rank looks at the weights, which are the same, so that all of them stop if they are spoilt."""
+        step = self.engine.step
+        check_finite_weights(self.model, step)
+        if self.rank == 0:
+            progress = Progress(step, self.engine.images_seen, self.config.seed, self.data.manifest.digest)
+            self.checkpoints.save(self.model, self.engine, progress, keep=self.config.keep_checkpoints)
 
     def _log(self) -> None:
         step = self.engine.step
@@ -258,6 +271,15 @@ def mean_over_ranks(values: dict[str, float], world_size: int, device: torch.dev
     sums = torch.tensor(list(values.values()), device=device)
     dist.all_reduce(sums)
     return dict(zip(values, (sums / world_size).tolist(), strict=True))
+
+
+def same_on_all_ranks(number: int, world_size: int, device: torch.device) -> int:
+    """Rank 0's number."""
+    if world_size == 1:
+        return number
+    shared = torch.tensor(number, device=device)
+    dist.broadcast(shared, src=0)
+    return int(shared)
 
 
 def gather(rows: list[JudgedRow], rank: int, world_size: int) -> list[JudgedRow]:

@@ -44,8 +44,16 @@ class ResNetFPN(nn.Module):
         widths = [resnet.fc.in_features // 8 * 2**i for i in range(4)]
         self.lateral = nn.ModuleList(_fpn_conv(width, config, kernel=1) for width in widths)
         self.output = nn.ModuleList(_fpn_conv(config.fpn_channels, config, kernel=3) for _ in widths)
-        for part in [self.stem, *self.stages][: config.frozen_stages]:
+        self.frozen = [self.stem, *self.stages][: config.frozen_stages]
+        for part in self.frozen:
             part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> ResNetFPN:
+        """Frozen stages keep their batch statistics, too."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
         bottom_up = self.bottom_up(x)

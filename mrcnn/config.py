@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
@@ -18,6 +18,15 @@ def require(holds: bool, name: str, value: object, bound: str, remedy: str) -> N
     """Raise a ValueError that names the setting, its value, what it has to be, and what to do."""
     if not holds:
         raise ValueError(f"{name} is {value!r}, but must be {bound}: {remedy}")
+
+
+def check_choices(settings: object, prefix: str = "") -> None:
+    """Raise a ValueError for a setting that is none of its Literal's values."""
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal:
+            choices = ", ".join(map(str, get_args(hint)))
+            value = getattr(settings, name)
+            require(value in get_args(hint), f"{prefix}{name}", value, f"one of {choices}", "take one of these")
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class BackboneConfig:
     """Normalisation after each pyramid convolution; the paper has none, training from scratch wants one."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "backbone.")
         require(
             0 <= self.frozen_stages <= 5,
             "backbone.frozen_stages",
@@ -156,6 +166,12 @@ class RoIConfig:
     """A pixel belongs to the object from this probability on."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "roi.")
+        for name in ("box_pool", "box_channels", "mask_pool", "mask_channels", "canonical_size"):
+            require(getattr(self, name) > 0, f"roi.{name}", getattr(self, name), "positive", "see its default")
+        for name in ("positive_iou", "nms_iou", "mask_threshold"):
+            require(0 < getattr(self, name) <= 1, f"roi.{name}", getattr(self, name), "in (0, 1]", "0.5 is usual")
+        require(min(self.box_weights) > 0, "roi.box_weights", self.box_weights, "positive", "10, 10, 5, 5 are usual")
         require(
             self.batch_size_per_image > 0,
             "roi.batch_size_per_image",
@@ -257,6 +273,8 @@ def dataclass_from_dict(cls: type[T], data: Mapping[str, Any], path: str = "") -
 
     Raises ValueError for a key that is not a setting, naming it.
     """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path.rstrip('.') or cls.__name__} is {data!r}, but must be settings by name")
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in data.items():

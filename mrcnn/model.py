@@ -80,6 +80,8 @@ class MaskRCNN(nn.Module):
         Raises:
             ValueError: for an array of another shape or type.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
         for i, image in enumerate(images):
             check_image(image, f"images[{i}]")
         sizes = [(im.shape[0], im.shape[1]) for im in images] if source_sizes is None else source_sizes

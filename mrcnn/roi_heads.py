@@ -192,22 +192,28 @@ class RoIHeads(nn.Module):
         logits = self.mask_head(pooled)
         side = logits.shape[-1]
         logits = logits.gather(1, of_class[:, None, None, None].expand(-1, 1, side, side)).squeeze(1)
-        goal = self.mask_targets(boxes, matched_idxs, sizes, targets, side=side)
-        return {"loss_mask": losses.mask_loss(logits, goal, (labels.flatten() > 0).float())}
+        instances = self._instances(matched_idxs, targets)
+        goal = self.mask_targets(boxes, instances, sizes, targets, side=side)
+        # an object that was annotated with a box alone says nothing about masks
+        runs = targets.masks.offsets.diff()
+        has_mask = runs[instances] > 0 if len(runs) else torch.zeros_like(instances, dtype=torch.bool)
+        return {"loss_mask": losses.mask_loss(logits, goal, ((labels.flatten() > 0) & has_mask).float())}
+
+    def _instances(self, matched_idxs: Tensor, targets: Targets) -> Tensor:
+        """Which of the batch's B x N masks each of (B, S) RoIs was matched with: (B x S,)."""
+        first = torch.arange(matched_idxs.shape[0], device=matched_idxs.device) * targets.boxes.shape[1]
+        return (first[:, None] + matched_idxs).flatten()
 
     @torch.no_grad()
-    def mask_targets(
-        self, boxes: Tensor, matched_idxs: Tensor, sizes: Tensor, targets: Targets, *, side: int
-    ) -> Tensor:
+    def mask_targets(self, boxes: Tensor, instances: Tensor, sizes: Tensor, targets: Targets, *, side: int) -> Tensor:
         """The matched object's mask within each of boxes (B, S, 4), resampled: (B x S, side, side) float32."""
-        B, S = matched_idxs.shape
-        first = torch.arange(B, device=boxes.device)[:, None] * targets.boxes.shape[1]
+        B, S = boxes.shape[:2]
         if targets.boxes.shape[1] == 0:
             return boxes.new_zeros(B * S, side, side)
         soft = rle_roi_align(
             targets.masks,
             boxes.flatten(0, 1),
-            (first + matched_idxs).flatten(),
+            instances,
             sizes[:, None].expand(-1, S, -1).flatten(0, 1),
             output_size=side,
             aligned=self.config.aligned,

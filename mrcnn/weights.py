@@ -75,7 +75,11 @@ def model_from_files(files: Mapping[str, bytes], source: str, *, device: torch.d
         state = load(files[WEIGHTS_FILE])
     except SafetensorError as error:
         raise ValueError(f"{source}/{WEIGHTS_FILE} cannot be read as weights ({error}): export it again") from error
-    model = MaskRCNN(ModelConfig.from_dict(data["model"]), [Category(**c) for c in data["categories"]])
+    try:
+        config, categories = ModelConfig.from_dict(data["model"]), [Category(**c) for c in data["categories"]]
+        model = MaskRCNN(config, categories)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}/{CONFIG_FILE} is damaged ({error!r}): export the model again") from error
     _load_strictly(model, state, f"{source}/{WEIGHTS_FILE}")
     return model.to(device).eval()
 

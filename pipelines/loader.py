@@ -210,7 +210,8 @@ def collate(
 ) -> tuple[ImageBatch, Targets]:
     """Stack rows, padded with zeros to a common multiple of `size_divisor`, mirrored where `flips` says so.
 
-    Objects whose box is narrower than MIN_BOX_SIDE are left out; so is the mask of an object without one.
+    Objects whose box is narrower than MIN_BOX_SIDE are left out; an object without a segmentation has a mask without
+    runs.
     """
     images = [row.image[:, ::-1] if flip else row.image for row, flip in zip(rows, flips, strict=True)]
     objects = [_objects(row, flip) for row, flip in zip(rows, flips, strict=True)]

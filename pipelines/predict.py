@@ -99,7 +99,7 @@ def receipt_name(part: str) -> str:
 
 def overlay_name(name: str) -> str:
     """Where the picture of an image goes."""
-    return f"overlays/{PurePosixPath(name).with_suffix('.png')}"
+    return f"overlays/{name}.png"  # a.jpg and a.png are two
 
 
 def write_receipt(out: Store, receipt: ChunkReceipt) -> None:
@@ -144,7 +144,7 @@ def model_pool(tasks: int) -> dict[str, Any]:
     """Arguments of `map_batches` for actors with a model: one a GPU, or a CPU if there is none, or a task."""
     resources = ray.cluster_resources()
     kind = "GPU" if resources.get("GPU") else "CPU"
-    pool = ActorPoolStrategy(size=max(1, min(int(resources[kind]), tasks)))
+    pool = ActorPoolStrategy(size=max(1, min(int(resources.get(kind, 1)), tasks)))
     return {"compute": pool, "num_gpus": 1} if kind == "GPU" else {"compute": pool, "num_cpus": 1}
 
 

@@ -221,20 +221,6 @@ def read_uri(uri: str) -> bytes:
     return store.read_bytes(name)
 
 
-@contextmanager
-def local_copy(uri: str, names: tuple[str, ...] | None = None) -> Iterator[Path]:
-    """A folder with the files of `uri` (or `names` of it): itself where local, else a temporary download."""
-    store = open_store(uri).check_folder()
-    if store.is_local:
-        yield store.path
-        return
-    with tempfile.TemporaryDirectory(prefix="mrcnn-") as folder:
-        target = open_store(folder)
-        for name in names or store.list():
-            target.write_bytes(name, store.read_bytes(name))
-        yield target.path
-
-
 def check_name(name: str) -> str:
     """A relative file name that stays below its root, or ValueError."""
     parts = name.split("/")

@@ -24,7 +24,7 @@ def read_coco(annotations: str, images: Store) -> SourceData:
     data = read_uri(annotations)
     try:
         content = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{annotations} is not valid JSON ({error}): is it cut off, or another file?") from None
     _check_shape(content, annotations)
     categories = _categories(content["categories"], annotations)

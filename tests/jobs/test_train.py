@@ -10,10 +10,12 @@ from models import SMALL
 from safetensors.numpy import load_file
 
 from jobs import tracking
+from jobs.checkpoint import Checkpoints
 from jobs.config import OptimizerConfig, TrainConfig, TrainJob
 from jobs.evaluate import evaluate
 from jobs.train import TrainSummary, train
 from mrcnn import load_model
+from pipelines.storage import open_store
 
 CONFIG = TrainConfig(
     model=replace(SMALL, backbone=replace(SMALL.backbone, norm="bn")),  # whose statistics differ between the workers
@@ -88,11 +90,11 @@ def test_a_resumed_run_ends_with_the_same_bits(whole: TrainSummary, job: TrainJo
     assert (
         len(tracking.client().search_runs([tracking.find_run("halves").info.experiment_id], "run_name = 'halves'")) == 1
     )
-    from pipelines.storage import local_copy
-
-    with local_copy(whole.model_uri) as folder:
-        assert weights(folder) == weights(tmp_path / "halves" / "model")
-        assert [c.name for c in load_model(folder).categories] == ["circle", "square", "triangle", "star"]
+    store, folder = open_store(whole.model_uri), tmp_path / "copy"
+    for name in store.list():
+        open_store(str(folder)).write_bytes(name, store.read_bytes(name))
+    assert weights(folder) == weights(tmp_path / "halves" / "model")
+    assert [c.name for c in load_model(folder).categories] == ["circle", "square", "triangle", "star"]
     steps = sorted(p.name for p in (tmp_path / "halves" / "checkpoints").iterdir())
     assert steps == ["step-00000020", "step-00000040"]
 
@@ -100,8 +102,12 @@ def test_a_resumed_run_ends_with_the_same_bits(whole: TrainSummary, job: TrainJo
 def test_what_cannot_work_is_refused_before_anything_starts(whole: TrainSummary, job: TrainJob) -> None:
     with pytest.raises(ValueError, match=r"has a run already: go on with --resume"):
         train(job, CONFIG)
-    with pytest.raises(ValueError, match=r"optimizer\.base_lr was 0\.08, is 0\.5"):
-        train(replace(job, resume=True), replace(CONFIG, optimizer=replace(CONFIG.optimizer, base_lr=0.5)))
+    with pytest.raises(ValueError, match=r"global_batch was 4, is 8"):
+        train(replace(job, resume=True), replace(CONFIG, global_batch=8))
+    with pytest.raises(ValueError, match=r"steps is 10, but .* is at step 40"):
+        train(replace(job, resume=True), replace(CONFIG, steps=10))
+    with pytest.raises(FileNotFoundError, match=r"lost\.pth"):
+        train(replace(job, run="weightless", weights="lost.pth"), CONFIG)
     with pytest.raises(ValueError, match=r"workers is 64, but the Ray cluster has 2 CPUs"):
         train(replace(job, run="many", workers=64), replace(CONFIG, global_batch=64))
     with pytest.raises(ValueError, match="global_batch is 3, which 2 workers cannot share"):
@@ -111,15 +117,14 @@ def test_what_cannot_work_is_refused_before_anything_starts(whole: TrainSummary,
 
 
 def test_a_loss_that_is_not_finite_fails_the_run_with_its_step(job: TrainJob, tmp_path: Path) -> None:
-    wild = replace(CONFIG, optimizer=OptimizerConfig(base_lr=1e30, warmup_steps=0))
-    with pytest.raises(RuntimeError, match=r"the loss is not finite at step 20"):
+    wild = replace(CONFIG, optimizer=OptimizerConfig(base_lr=1e30, warmup_steps=0), checkpoint_every=3)
+    with pytest.raises(RuntimeError, match=r"the loss is not finite at step 3"):
         train(replace(job, storage=str(tmp_path), run="wild", workers=1), wild)
     assert tracking.find_run("wild").info.status == "FAILED"
+    assert Checkpoints(str(tmp_path / "wild")).steps() == []
 
 
 def test_the_runs_file_has_the_whole_config(whole: TrainSummary, job: TrainJob) -> None:
-    from pipelines.storage import open_store
-
     content = json.loads(open_store(job.storage).join("whole").read_bytes("run.json"))
     expected = replace(CONFIG, model=replace(CONFIG.model, num_classes=4))
     assert TrainConfig.from_dict(content["config"]) == expected

@@ -5,7 +5,7 @@ import pytest
 
 from jobs.config import TrainConfig
 from jobs.presets import PRESETS
-from mrcnn.config import InputConfig, ModelConfig, RoIConfig
+from mrcnn.config import BackboneConfig, InputConfig, ModelConfig, RoIConfig
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -24,6 +24,8 @@ def test_an_unknown_setting_is_named() -> None:
     [
         (RoIConfig, {"score_threshold": 1.0}, "roi.score_threshold is 1.0, but must be in"),
         (InputConfig, {"shorter_side": 900, "longer_side": 800}, "input.shorter_side is 900"),
+        (RoIConfig, {"nms_iou": 7.0}, "roi.nms_iou is 7.0"),
+        (BackboneConfig, {"name": "resnet99"}, "backbone.name is 'resnet99', but must be one of resnet18, "),
         (ModelConfig, {"num_classes": 0}, "num_classes is 0"),
         (TrainConfig, {"flip": 2.0}, "flip is 2.0"),
         (TrainConfig, {"steps": 0}, "steps is 0"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.storage import local_copy, open_store, read_uri
+from pipelines.storage import open_store, read_uri
 
 NAMES = ["a/deep/one.jpg", "a/two.JPG", "b.txt", "with space/ünicode.png"]
 
@@ -58,17 +58,6 @@ def test_new_file_appears_only_when_complete(root: str) -> None:
     assert store.read_bytes("large") == b"whole"
     if store.is_local:
         assert [path.name for path in store.path.iterdir()] == ["large"], "nothing half-written stays behind"
-
-
-def test_local_copy_holds_the_files(root: str) -> None:
-    store = open_store(root)
-    for name in NAMES:
-        store.write_bytes(name, name.encode())
-    with local_copy(root, names=("b.txt",)) as folder:
-        assert (folder / "b.txt").read_bytes() == b"b.txt"
-    with local_copy(root) as folder:
-        assert (folder / NAMES[3]).read_bytes() == NAMES[3].encode()
-    assert folder.exists() == store.is_local, "a download goes, the original stays"
 
 
 @pytest.mark.parametrize("name", ["", "/etc/passwd", "../secret", "a/../../secret", "s3://other/file", "nul\0"])
