@@ -71,6 +71,25 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "Traceback" not in err + out
 
 
+@pytest.mark.parametrize("content", ["", "{", '{"images": []}', "[1, 2]", '"' * 9, "[" * 100_000])
+def test_annotations_that_are_not_coco(
+    ray_cluster: None, content: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.json").write_text(content)
+    code, _, err = run(
+        capsys, "build-data", "--images", str(tmp_path), "--annotations", str(tmp_path / "a.json"), "--out", "o"
+    )
+    assert code == 2
+    assert "a.json" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_an_unknown_preset_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "train", "r50", "--data", "d")
+    assert (code, out) == (2, "")
+    assert err == "mrcnn: error: 'r50' is no preset: take one of r50_fpn, r101_fpn, r18_fpn_small, toy\n"
+
+
 @pytest.mark.parametrize(
     "words",
     [("train", "r50"), ("train", "toy", "--data", "d", *TRAIN, "--optimizer.base-lrr", "1"), ("trian",), ()],

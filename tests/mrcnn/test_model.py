@@ -33,6 +33,26 @@ def test_frozen_stages_do_not_learn() -> None:
     assert all(name.startswith(("backbone.stem.", "backbone.stages.0.")) for name in frozen)
 
 
+def test_frozen_stages_keep_their_batch_statistics() -> None:
+    backbone = dataclasses.replace(SMALL.backbone, norm="bn", frozen_stages=2)
+    model = MaskRCNN(dataclasses.replace(SMALL, backbone=backbone)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items() if "running_mean" in name}
+    model(*batch_of(TWO_IMAGES))
+    moved = {name for name, value in before.items() if not torch.equal(model.state_dict()[name], value)}
+    assert moved == {name for name in before if not name.startswith(("backbone.stem.", "backbone.stages.0."))}
+
+
+def test_an_object_without_a_mask_teaches_none() -> None:
+    model = small_model().train()
+    images, targets = batch_of(TWO_IMAGES)
+    with_masks = model(images, targets)
+    none = dataclasses.replace(targets.masks, ends=targets.masks.ends[:0], offsets=targets.masks.offsets * 0)
+    without = model(images, dataclasses.replace(targets, masks=none))
+    assert with_masks["loss_mask"] > 0
+    assert without["loss_mask"] == 0
+    assert without["loss_box_reg"] == with_masks["loss_box_reg"]
+
+
 @pytest.mark.parametrize(
     ("boxes", "crowd"),
     [
@@ -183,6 +203,11 @@ def test_damaged_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         load_model(tmp_path)
+    for damaged in ('{"format": "mrcnn-1"}', '{"format": "mrcnn-1", "model": {"backbone": "x"}, "categories": []}'):
+        save_model(small_model(), tmp_path)
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"config\.json is damaged|backbone is 'x'"):
+            load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"format": "other"}')
     with pytest.raises(ValueError, match=r"not of format 'mrcnn-1'"):
         load_model(tmp_path)

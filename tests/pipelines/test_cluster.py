@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import ray
@@ -24,6 +25,24 @@ def test_no_cluster_at_the_address(address: str, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=f"RAY_ADDRESS={address}"), ray_session():
         pass
     assert time.monotonic() - start < 15
+
+
+def test_no_secret_is_sent_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray writes a runtime_env into its logs."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "planted")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:planted@mlflow.example.org")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example.org")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr("jobs.cluster._check_reachable", lambda address: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: sent.append(options))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with ray_session():
+        pass
+    assert "planted" not in str(sent)
+    assert "https://s3.example.org" in str(sent)
 
 
 def test_refuses_no_cpus() -> None:
