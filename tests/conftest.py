@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,31 @@ from jobs.local_s3 import local_s3, make_bucket
 from pipelines.build import BuildConfig, build
 from pipelines.toy import ToySummary, make_toy_data
 
+EXIT_STATUS = pytest.StashKey[int]()
 REPOSITORY = Path(__file__).parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Whenever it makes a DataContext, Ray 2.60 sets defaults that it has deprecated itself.
     config.addinivalue_line("filterwarnings", r"ignore:`\w+` is deprecated:DeprecationWarning:ray\.data\.context")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End without the interpreter's teardown.
+
+    By now all fixtures are torn down and the result is printed. The native threads that Ray, gRPC and Arrow leave in a
+    process that has used them all can still crash while the interpreter takes itself apart (seen once, after
+    664 passed tests), which would turn a passed run into a failed one.
+    """
+    if EXIT_STATUS in config.stash:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])
 
 
 @pytest.fixture(scope="session")
