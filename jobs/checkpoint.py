@@ -28,20 +28,20 @@ FORMAT = "mrcnn-checkpoint-1"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is, and of what."""
+    """How far a training, or a phase of one, is, and of what."""
 
     step: int
     """Optimizer steps done."""
     images_seen: int
     """Images consumed by all workers together."""
     seed: int
-    """Of the run: with it, images_seen fixes the place in the stream of batches."""
+    """Of the run: with it and the phase, images_seen fixes the place in the stream of batches."""
     data_digest: str
     """Of the training shards' manifest."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, below `<storage>/<run>/checkpoints`."""
+    """The checkpoints of one run, below `<storage>/<run>/checkpoints`, or of one of its phases."""
 
     def __init__(self, run_uri: str) -> None:
         self.store: Store = open_store(f"{run_uri}/checkpoints")

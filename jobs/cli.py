@@ -10,16 +10,16 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
+from jobs.benchmark_cases import BenchmarkName
 from jobs.config import TrainConfig, TrainJob
-from jobs.presets import PRESETS
+from jobs.convert import Peer
+from jobs.presets import PRESETS, Preset
+from mrcnn.peers import Classes
 from pipelines.config import BuildConfig
-
-Preset = Literal["r50_fpn", "r101_fpn", "r18_fpn_small", "toy"]
-assert set(PRESETS) == set(Preset.__args__)  # type: ignore[attr-defined]
 
 DESCRIPTION = """Mask R-CNN on Ray: from images in an object store to masks.
 
@@ -66,7 +66,7 @@ def train(
     """Train a model with Ray Train. `mrcnn train PRESET --help` lists all settings.
 
     Args:
-        preset: r50_fpn and r101_fpn are the paper's; r18_fpn_small is for laptops; toy is the demo's.
+        preset: r18_fpn_small is for laptops, toy is the demo's, all others are the paper's.
     """
     raise ValueError(f"say what to train on: mrcnn train {preset} --data URI --val-data URI --storage URI --run NAME")
 
@@ -131,6 +131,63 @@ def predict(model: str, images: str, out: str, overlays: int = 0, cpus: int | No
         print(run(model, images, out, overlays=overlays))
 
 
+def convert_weights(
+    in_: Annotated[str, tyro.conf.arg(name="in")],
+    out: str,
+    from_: Annotated[Peer | None, tyro.conf.arg(name="from")] = None,
+    to: Peer | None = None,
+    classes: Classes = "all",
+    norm_eps: float | None = None,
+    stride_in_1x1: bool | None = None,
+) -> None:
+    """Make a model's folder from torchvision's or detectron2's weights (--from), or the other way round (--to).
+
+    Args:
+        in_: The peer's .pth or .pkl file, or the model's folder.
+        out: The model's folder, or the peer's .pth file.
+        from_: Whose weights to read.
+        to: Whose weights to write.
+        classes: used leaves out the ten of torchvision's 90 classes that COCO never uses.
+        norm_eps: Epsilon of torchvision's frozen batch norm; by default 0, which it sets when it loads COCO's weights.
+        stride_in_1x1: Where detectron2's bottlenecks halve the resolution; by default as its own models do.
+    """
+    from jobs.convert import convert_from, convert_to
+
+    if (from_ is None) == (to is None):
+        raise ValueError("say either --from or --to, and torchvision or detectron2 after it")
+    if from_ is not None:
+        options: dict[str, Any] = {"classes": classes, "norm_eps": norm_eps, "stride_in_1x1": stride_in_1x1}
+        print(convert_from(from_, in_, out, **options))
+    elif to is not None:
+        print(convert_to(to, in_, out))
+
+
+def benchmark(
+    name: Annotated[BenchmarkName, tyro.conf.Positional],
+    threads: int = 2,
+    repeats: int = 5,
+    device: str = "cpu",
+    out: str | None = None,
+    profile: bool = False,
+) -> None:
+    """Time the model or an operator against torchvision's, with the same weights and inputs, in turn.
+
+    Args:
+        name: What to time.
+        threads: CPU threads of both.
+        repeats: Timed calls of each, of which the median counts.
+        device: cpu, or cuda where there is a GPU.
+        out: JSON file for the numbers.
+        profile: Also show where the time goes: the fifteen largest entries of torch.profiler for both.
+    """
+    from jobs.benchmark import run_benchmark
+
+    report = run_benchmark(name, threads=threads, repeats=repeats, device=device, with_profile=profile)
+    print(report)
+    if out is not None:
+        report.write(out)
+
+
 def demo(out: str = "demo-run") -> None:
     """The whole way on toy data and a local S3 server, with the commands that a user types.
 
@@ -150,6 +207,8 @@ COMMANDS: dict[str, Any] = {
     "register": register,
     "promote": promote,
     "predict": predict,
+    "convert-weights": convert_weights,
+    "benchmark": benchmark,
     "demo": demo,
 }
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from mrcnn.config import ModelConfig, check_choices, dataclass_from_dict, require
+from mrcnn.config import ModelConfig
+from mrcnn.settings import check_choices, dataclass_from_dict, require
+
+RPNTraining = Literal["joint", "separate", "four_step"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,11 @@ class TrainConfig:
     """The model."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """SGD and its schedule."""
+    rpn: RPNTraining = "joint"
+    """How the RPN is trained: joint, with the detector; separate, before it and on features of its own, as in the
+    paper's ablations; four_step, in turns, on features that are shared in the end (arXiv 1506.01497, section 3.2)."""
     steps: int = 160_000
-    """Optimizer steps; the paper has 160k."""
+    """Optimizer steps; the paper has 160k. Each phase has as many: separate has two, four_step four."""
     global_batch: int = 16
     """Images of a step over all workers."""
     seed: int = 0
@@ -121,6 +127,13 @@ class TrainConfig:
             value = getattr(self, name)
             require(value >= 1, name, value, "at least 1", "give a positive number")
         require(0 <= self.flip <= 1, "flip", self.flip, "a probability", "0.5 flips every other image")
+        require(
+            self.rpn == "separate" or self.model.rpn.features == "shared",
+            "model.rpn.features",
+            self.model.rpn.features,
+            f"shared with rpn={self.rpn}",
+            "only rpn=separate trains features of the RPN's own, and sets this by itself",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict for JSON."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.config import OptimizerConfig, TrainConfig
+from mrcnn.rpn import Proposals
 from mrcnn.structures import ImageBatch, Targets
 
 Losses = dict[str, Tensor]
@@ -46,15 +47,20 @@ class Engine:
         self.optimizer = build_optimizer(model, config.optimizer)
         self.step = 0
 
-    def train_step(self, images: ImageBatch, targets: Targets) -> Losses:
-        """One optimizer step. Returns the losses, their sum under "loss", on the device: reading them waits for it."""
+    def train_step(self, images: ImageBatch, targets: Targets, proposals: Proposals | None = None) -> Losses:
+        """One optimizer step. Returns the losses, their sum under "loss", on the device: reading them waits for it.
+
+        `proposals` are for a detector that is trained apart from its RPN.
+        """
         rate = learning_rate(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         images = images.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
+        if proposals is not None:
+            proposals = proposals.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            losses: Losses = self.model(images, targets)
+            losses: Losses = self.model(images, targets, proposals)
         total = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()

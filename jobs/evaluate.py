@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import numpy as np
 import ray
 import ray.data
 
-from mrcnn.evaluation import Metrics, coco_results, evaluate_coco
+from mrcnn.config import ModelConfig
+from mrcnn.evaluation import Kind, Metrics, coco_results, evaluate_coco
 from mrcnn.model import MaskRCNN
 from mrcnn.structures import Category
 from mrcnn.weights import model_from_files
@@ -68,11 +69,12 @@ def evaluate(model: str, data: str, out: str | None = None) -> EvaluationSummary
     if out and Path(out).is_dir():
         raise ValueError(f"--out {out} is a folder: name the JSON file to write")
     resolved = resolve_model(model)
-    check_categories(model_from_files(resolved.files, model), model, dataset)
+    loaded = model_from_files(resolved.files, model)
+    check_categories(loaded, model, dataset)
     started = time.monotonic()
     rows = _judge_in_parallel(resolved.files, dataset)
     seconds = time.monotonic() - started
-    metrics = metrics_of(rows, dataset.categories)
+    metrics = metrics_of(rows, dataset.categories, found_kinds(loaded.config))
     if out:
         store, name = split_uri(out)
         content = {
@@ -86,13 +88,29 @@ def evaluate(model: str, data: str, out: str | None = None) -> EvaluationSummary
 
 
 def check_categories(model: MaskRCNN, name: str, dataset: ShardDataset) -> None:
-    """Raise ValueError unless a label means the same to both."""
-    if model.categories != dataset.categories:
-        ours, theirs = ([f"{c.id} {c.name}" for c in x.categories] for x in (model, dataset))
+    """Raise ValueError unless a label means the same to both, and so does a keypoint, if the model finds any."""
+    finds_keypoints = model.config.keypoint.num_keypoints > 0
+
+    def meaning(category: Category) -> str:
+        points = f" ({', '.join(category.keypoints)})" if finds_keypoints and category.keypoints else ""
+        return f"{category.id} {category.name}{points}"
+
+    ours, theirs = ([meaning(each) for each in x.categories] for x in (model, dataset))
+    if ours != theirs:
         raise ValueError(
             f"the model {name} knows the categories {ours}, but {dataset.uri} has {theirs}: "
             "evaluate on data with the model's categories"
         )
+
+
+def found_kinds(config: ModelConfig) -> set[Kind]:
+    """What a model of these settings finds, and so what it is measured by."""
+    heads: dict[Kind, bool] = {
+        "box": True,
+        "mask": config.mask.head != "none",
+        "keypoints": config.keypoint.num_keypoints > 0,
+    }
+    return {kind for kind, is_there in heads.items() if is_there}
 
 
 def judge_rows(model: MaskRCNN, dataset: ShardDataset, indices: Iterable[int]) -> list[JudgedRow]:
@@ -116,16 +134,18 @@ def judge_rows(model: MaskRCNN, dataset: ShardDataset, indices: Iterable[int]) -
     return judged
 
 
-def metrics_of(rows: Sequence[JudgedRow], categories: Sequence[Category]) -> Metrics:
-    """pycocotools' numbers over all rows, whatever their order."""
+def metrics_of(
+    rows: Sequence[JudgedRow], categories: Sequence[Category], kinds: Collection[Kind] | None = None
+) -> Metrics:
+    """pycocotools' numbers over all rows, whatever their order, of the `kinds` of `found_kinds`."""
     ordered = sorted(rows, key=lambda row: row.image["id"])
     annotations = [annotation for row in ordered for annotation in row.annotations]
     truth = {
         "images": [row.image for row in ordered],
         "annotations": [{**annotation, "id": i} for i, annotation in enumerate(annotations, start=1)],
-        "categories": [{"id": c.id, "name": c.name} for c in categories],
+        "categories": [{"id": c.id, "name": c.name, "keypoints": list(c.keypoints)} for c in categories],
     }
-    return evaluate_coco(truth, [result for row in ordered for result in row.results])
+    return evaluate_coco(truth, [result for row in ordered for result in row.results], kinds)
 
 
 class _RowJudge:
@@ -163,4 +183,5 @@ def _annotation(row: Row, instance: dict[str, Any]) -> dict[str, Any]:
         "area": source["area"],
         "iscrowd": int(source["iscrowd"]),
         "segmentation": segmentation["rle"] or segmentation["polygons"],
+        "keypoints": source["keypoints"] or [],
     }

@@ -1,4 +1,4 @@
-"""`mrcnn predict`: masks for all images of a folder, as Parquet and as a COCO results file.
+"""`mrcnn predict`: objects in all images of a folder, as Parquet and as a COCO results file.
 
 A plan says what a prediction is: the digests of its model and of its list of images. A folder with
 another plan is refused; in one with the same, only what is missing is computed (see
@@ -24,6 +24,7 @@ from mrcnn.structures import Category
 from mrcnn.weights import CONFIG_FILE, model_from_files
 from pipelines.predict import (
     PROGRESS,
+    SCHEMA_VERSION,
     SUFFIXES,
     Chunk,
     ChunkReceipt,
@@ -42,7 +43,6 @@ MANIFEST = "manifest.json"
 PLAN = f"{PROGRESS}/plan.json"
 REJECTS_FILE = "rejects.parquet"
 RESULTS_FILE = "coco_results.json"
-SCHEMA_VERSION = 1
 CHUNKS = 64  # wished for, within the bounds, in images, of each
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 1024
 
@@ -266,13 +266,15 @@ def _write_results(out: Store, receipts: Sequence[ChunkReceipt]) -> int:
 def _coco_entries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         for found in row["detections"]:
-            yield {
+            entry = {
                 "image_id": row["image_id"],
                 "category_id": found["category_id"],
                 "bbox": found["box"],
                 "score": found["score"],
                 "segmentation": found["rle"],
+                "keypoints": found["keypoints"],
             }
+            yield {key: value for key, value in entry.items() if value is not None}
 
 
 def _check_sum(have: int, expected: int) -> None:

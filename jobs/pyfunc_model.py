@@ -18,6 +18,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc.model import PythonModel
 
 from mrcnn import Detections, load_model
+from mrcnn.evaluation import coco_results
 from pipelines.transforms import DecodeError, decode
 
 ARTIFACT = "model"
@@ -27,7 +28,7 @@ _BASE64 = re.compile(rb"[A-Za-z0-9+/=\s]+")  # no image file is text
 
 
 class MaskRCNNModel(PythonModel):
-    """Images in, detections with masks out."""
+    """Images in, detections out."""
 
     def load_context(self, context: Any) -> None:
         """Load the weights once."""
@@ -40,27 +41,26 @@ class MaskRCNNModel(PythonModel):
 
         An image is the bytes of an image file, the same in base64, or a uint8 RGB array (H, W, 3); they are
         in a list, or in the only column of a frame, which MLflow makes of a list. A detection has label,
-        category_id, category, score, box (x, y, width, height in pixels of the image) and rle (size, counts).
+        category_id, category, score, box (x, y, width, height in pixels of the image) and, as far as the model finds
+        them, rle (size, counts) and keypoints (x, y, score of each, in one list).
         """
         column = model_input.iloc[:, 0] if isinstance(model_input, pd.DataFrame) else model_input
         return [self._answer(found) for found in self.model.predict(list(_images(column)))]
 
     def _answer(self, found: Detections) -> dict[str, Any]:
         height, width = found.image_size
-        rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), found.rles, strict=True)
-        detections = [self._detection(*row) for row in rows]
-        return {"height": height, "width": width, "detections": detections}
+        entries = zip(found.labels.tolist(), coco_results(0, found, self.model.categories), strict=True)
+        return {"height": height, "width": width, "detections": [self._detection(*entry) for entry in entries]}
 
-    def _detection(self, label: int, score: float, box: list[float], rle: dict[str, Any]) -> dict[str, Any]:
-        category = self.model.categories[label - 1]
-        x1, y1, x2, y2 = box
+    def _detection(self, label: int, entry: dict[str, Any]) -> dict[str, Any]:
+        names = {"segmentation": "rle", "keypoints": "keypoints"}
         return {
             "label": label,
-            "category_id": category.id,
-            "category": category.name,
-            "score": score,
-            "box": [x1, y1, x2 - x1, y2 - y1],
-            "rle": {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()},
+            "category_id": entry["category_id"],
+            "category": self.model.categories[label - 1].name,
+            "score": entry["score"],
+            "box": entry["bbox"],
+            **{name: entry[key] for key, name in names.items() if key in entry},
         }
 
 

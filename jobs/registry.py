@@ -33,7 +33,6 @@ from pipelines.storage import open_store
 
 CHAMPION = "champion"
 PREVIOUS = "previous"
-MASK_AP, BOX_AP = "val/mask_AP", "val/box_AP"
 FORCED_TAG = "mrcnn.promoted_by_force"
 
 PYFUNC = Path(__file__).with_name("pyfunc_model.py")
@@ -106,11 +105,12 @@ def register(run: str, name: str) -> int:
     """
     found = tracking.find_run(run)
     model_uri, metrics = found.data.tags.get(tracking.MODEL_URI_TAG), found.data.metrics
-    if model_uri is None or MASK_AP not in metrics or found.info.status != "FINISHED":
+    measured = [key for key in tracking.MEASURES if key in metrics]
+    if model_uri is None or not measured or found.info.status != "FINISHED":
         raise ValueError(f"run {run!r} ({found.info.status}) has no evaluated model: let its training finish first")
     model = resolve_model(model_uri)
     tags = {key: value for key, value in found.data.tags.items() if key.startswith("mrcnn.")}
-    tags |= {key: str(metrics[key]) for key in (MASK_AP, BOX_AP) if key in metrics}
+    tags |= {key: str(metrics[key]) for key in measured}
     tags["mrcnn.weights_sha256"] = model.sha256[WEIGHTS_FILE]
     with tracking.readable_errors():
         store = tracking.client()
@@ -126,8 +126,9 @@ def register(run: str, name: str) -> int:
 def promote(name: str, version: int, alias: str = CHAMPION, *, force: bool = False) -> None:
     """Let `alias` point to a version; the version that had it gets the alias previous (or previous-ALIAS).
 
-    Raises ValueError for an unknown version, and, unless `force`d (a tag will tell), for one whose mask AP is
-    below that of the alias' present version on the same validation data.
+    Raises ValueError for an unknown version, and, unless `force`d (a tag will tell), for one whose mask AP (keypoint
+    AP, box AP where neither model has masks, keypoints) is below that of the alias' present version on the same
+    validation data.
     """
     candidate = _find_version(f"models:/{name}/{version}")
     with tracking.readable_errors():
@@ -149,12 +150,17 @@ def _check_not_worse(candidate: ModelVersion, present: ModelVersion, alias: str)
     digest = tracking.VAL_DIGEST_TAG
     if candidate.tags.get(digest) != present.tags.get(digest):
         return  # measured on other data: the numbers say nothing about each other
-    ours, theirs = (float(version.tags.get(MASK_AP, "nan")) for version in (candidate, present))
+    measure = next((key for key in tracking.MEASURES if key in candidate.tags or key in present.tags), "val/box_AP")
+    ours, theirs = (float(version.tags.get(measure, "nan")) for version in (candidate, present))
     if ours < theirs or (math.isnan(ours) and not math.isnan(theirs)):
         raise ValueError(
-            f"version {candidate.version} of {candidate.name} has mask AP {ours:.4f}, the {alias}, version "
-            f"{present.version}, has {theirs:.4f} on the same validation data: {alias} stays where it is"
+            f"version {candidate.version} of {candidate.name} has {_in_words(measure)} {ours:.4f}, the {alias}, "
+            f"version {present.version}, has {theirs:.4f} on the same validation data: {alias} stays where it is"
         )
+
+
+def _in_words(measure: str) -> str:
+    return measure.removeprefix("val/").replace("_", " ")
 
 
 def _find_version(uri: str) -> ModelVersion:
@@ -234,7 +240,8 @@ def _signature() -> ModelSignature:
             Property("category", DataType.string),
             Property("score", DataType.double),
             Property("box", Array(DataType.double)),
-            Property("rle", rle),
+            Property("rle", rle, required=False),
+            Property("keypoints", Array(DataType.double), required=False),
         ]
     )
     return ModelSignature(

@@ -37,6 +37,9 @@ MODEL_URI_TAG = "mrcnn.model_uri"
 VAL_DIGEST_TAG = "mrcnn.val_digest"
 """Digest of the validation shards that the run's val/ metrics were measured on."""
 
+MEASURES = ("val/mask_AP", "val/keypoint_AP", "val/box_AP")
+"""What tells which of two models is better: the first of these that was measured."""
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _SQLITE = "sqlite:///"

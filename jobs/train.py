@@ -1,14 +1,17 @@
 """`mrcnn train`: from shards to a trained model with Ray Train.
 
 The driver checks everything that can be checked, makes the MLflow run and starts the workers (jobs/worker.py); whatever
-happens to a worker, the next one goes on from the newest checkpoint below `<storage>/<run>`.
+happens to a worker, the next one goes on from the newest checkpoint below `<storage>/<run>`. A training may have
+several phases (jobs/schedule.py), one after the other, with proposals made between them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,13 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from jobs import tracking
 from jobs.checkpoint import Checkpoints
 from jobs.config import TrainConfig, TrainJob
+from jobs.registry import resolve_model
+from jobs.schedule import PhaseOfRun, phase_uris, phases_of_run
 from jobs.worker import OUTCOME_FILE, Outcome, WorkerSettings, train_worker
 from mrcnn.model import MaskRCNN
 from mrcnn.weights import load_weights
 from pipelines.loader import ShardDataset
+from pipelines.propose import write_proposals
 from pipelines.storage import Store, open_store
 
 RUN_FILE = "run.json"
@@ -72,13 +78,49 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     use_gpu = _check_cluster(job.workers)
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
-    settings = WorkerSettings(config, data.uri, val_data.uri, run_store.uri, handle, weights)
+    phases = [
+        WorkerSettings(config, data.uri, val_data.uri, handle, weights, phase)
+        for phase in phases_of_run(config, run_store.uri)
+    ]
     started = time.monotonic()
     with tracking.run_status(handle):
         tracking.RunLogger(handle).json(config.to_dict(), "config.json")
-        outcome = _fit(settings, workers=job.workers, use_gpu=use_gpu)
+        for settings in phases:
+            if not _is_finished(settings.phase):
+                proposals = _propose(settings.phase, data, job.run)
+                outcome = _fit(replace(settings, proposals=proposals), workers=job.workers, use_gpu=use_gpu)
     seconds = time.monotonic() - started
     return TrainSummary(handle.run_id, run_store.uri_of("model"), outcome, seconds)
+
+
+def _is_finished(phase: PhaseOfRun) -> bool:
+    """Whether there is nothing left to do; never of the last phase, which evaluates at least."""
+    store = open_store(phase.uri)
+    if phase.is_last or not store.exists(OUTCOME_FILE):
+        return False
+    outcome = _read_outcome(store)
+    return outcome.failure is None and outcome.step == phase.first_step + phase.steps
+
+
+def _propose(phase: PhaseOfRun, data: ShardDataset, run: str) -> str | None:
+    """Where the proposals are that a phase trains on: beside the shards, once they are made."""
+    if phase.proposer_uri is None:
+        return None
+    uri = _proposals_uri(phase, data, run)
+    print(f"{phase.label}proposals for {len(data)} images: {uri}", flush=True)
+    return write_proposals(resolve_model(phase.proposer_uri).files, data, uri).uri
+
+
+def _proposals_uri(phase: PhaseOfRun, data: ShardDataset, run: str) -> str:
+    return f"{data.uri}/proposals/{run}-{phase.phase.proposals_of}"
+
+
+def _check_no_proposals(phases: Sequence[PhaseOfRun], data: ShardDataset, run: str) -> None:
+    """A new run would only find out after its first phase that the place is taken."""
+    for phase in phases:
+        uri = _proposals_uri(phase, data, run)
+        if phase.proposer_uri and any(open_store(uri).list()):
+            raise ValueError(f"{uri} holds the proposals of another run: remove it, or take another --run name")
 
 
 def _check_weights(weights: str | None, config: TrainConfig, data: ShardDataset) -> str | None:
@@ -100,7 +142,8 @@ def _fit_to_data(config: TrainConfig, data: ShardDataset, val_data: ShardDataset
         )
     if len(val_data) == 0:
         raise ValueError(f"{val_data.uri} holds no images: look at its rejects.parquet")
-    return replace(config, model=replace(config.model, num_classes=len(data.categories)))
+    rpn = replace(config.model.rpn, features="own") if config.rpn == "separate" else config.model.rpn
+    return replace(config, model=replace(config.model, num_classes=len(data.categories), rpn=rpn))
 
 
 def _check_cluster(workers: int) -> bool:
@@ -118,26 +161,36 @@ def _open_run(
     job: TrainJob, config: TrainConfig, store: Store, data: ShardDataset, val_data: ShardDataset
 ) -> tracking.RunHandle:
     """A new MLflow run, or the one that is resumed; run.json in the run's folder remembers which."""
-    digests = {"data": data.manifest.digest, "val_data": val_data.manifest.digest}
-    saved = Checkpoints(store.uri).steps()
+    digests = _digests(job, config, data, val_data)
+    saved = {uri: steps for uri in phase_uris(store.uri) if (steps := Checkpoints(uri).steps())}
     if store.exists(RUN_FILE):
         if not job.resume:
             raise ValueError(f"{store.uri} has a run already: go on with --resume, or take another --run name")
         known = _read_run_file(store)
         if saved:  # without a checkpoint nothing has been learnt that other settings could contradict
-            _check_unchanged(store, known, config, digests, saved[-1])
+            _check_unchanged(store, known, config, digests, saved)
         handle = tracking.reopen_run(known["run_id"])
     else:
         if saved:
             raise ValueError(f"{store.uri} has checkpoints but no {RUN_FILE}: take another --run name")
         if job.resume:
             print(f"nothing to resume in {store.uri}: beginning a new run", flush=True)
+        _check_no_proposals(phases_of_run(config, store.uri), data, job.run)
         # fails here, before MLflow has a run, where the storage cannot be written
         store.write_bytes("config.json", json.dumps(config.to_dict(), indent=2).encode())
         handle = _create_run(job, config, store, data, val_data)
     content = {"run_id": handle.run_id, "digests": digests, "config": config.to_dict()}
     store.write_bytes(RUN_FILE, json.dumps(content, indent=2).encode())
     return handle
+
+
+def _digests(job: TrainJob, config: TrainConfig, data: ShardDataset, val_data: ShardDataset) -> dict[str, str]:
+    """Of what a run may not change on the way, beside its settings."""
+    digests = {"data": data.manifest.digest, "val_data": val_data.manifest.digest}
+    if config.rpn == "four_step":  # whose second phase, too, starts from the initial weights
+        file = Path(job.weights).read_bytes() if job.weights else b""
+        digests["weights"] = hashlib.sha256(file).hexdigest()
+    return digests
 
 
 def _create_run(
@@ -166,18 +219,21 @@ def _read_run_file(store: Store) -> dict[str, Any]:
 
 
 def _check_unchanged(
-    store: Store, known: dict[str, Any], config: TrainConfig, digests: dict[str, str], saved: int
+    store: Store, known: dict[str, Any], config: TrainConfig, digests: dict[str, str], saved: dict[str, list[int]]
 ) -> None:
     for name, digest in digests.items():
         if known["digests"].get(name) != digest:
-            raise ValueError(f"{name} of {store.uri} was another data set: resume with the one it was begun with")
-    if config.steps < saved:
-        raise ValueError(f"steps is {config.steps}, but {store.uri} is at step {saved}: ask for at least as many")
+            raise ValueError(f"{name} of {store.uri} was another one: resume with what it was begun with")
+    newest = max(steps[-1] for steps in saved.values())
+    if config.steps < newest:
+        raise ValueError(f"steps is {config.steps}, but {store.uri} is at step {newest}: ask for at least as many")
     # through JSON, as tuples come back from it as lists
     before, now = (tracking.flat_params(json.loads(json.dumps(c))) for c in (known["config"], config.to_dict()))
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     details = {name: f"{name} was {before.get(name)}, is {now.get(name)}" for name in changed}
-    forbidden = [name for name in changed if name not in MAY_CHANGE and not name.startswith("optimizer.")]
+    # a phase that is finished has had its steps
+    may_change = MAY_CHANGE if config.rpn == "joint" else MAY_CHANGE - {"steps"}
+    forbidden = [name for name in changed if name not in may_change and not name.startswith("optimizer.")]
     if forbidden:
         raise ValueError(
             f"{store.uri} was begun with other settings ({', '.join(details[name] for name in forbidden)}): "
@@ -190,7 +246,7 @@ def _check_unchanged(
 def _fit(settings: WorkerSettings, *, workers: int, use_gpu: bool) -> Outcome:
     # Ray keeps its own small notes under a name of this attempt: ours is the state that training resumes from, so
     # neither a finished attempt nor another version of Ray stands in the way.
-    store = open_store(settings.run_uri)
+    store = open_store(settings.phase.uri)
     if store.exists(OUTCOME_FILE):
         store.remove(OUTCOME_FILE)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -200,7 +256,7 @@ def _fit(settings: WorkerSettings, *, workers: int, use_gpu: bool) -> Outcome:
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=RunConfig(
             name=f"attempt-{time.time_ns() // 1_000_000}",
-            storage_path=f"{settings.run_uri}/ray",
+            storage_path=f"{settings.phase.run_uri}/ray",
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Train v2 has it
         ),
@@ -208,26 +264,30 @@ def _fit(settings: WorkerSettings, *, workers: int, use_gpu: bool) -> Outcome:
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _plain_error(error, settings) from error
-    outcome = Outcome(**json.loads(store.read_bytes(OUTCOME_FILE)))
+        raise _plain_error(error, settings.phase) from error
+    outcome = _read_outcome(store)
     if outcome.failure:
-        raise RuntimeError(f"{outcome.failure}; {_newest_checkpoint(settings)}")
+        raise RuntimeError(f"{outcome.failure}; {_newest_checkpoint(settings.phase)}")
     return outcome
 
 
-def _plain_error(error: TrainingFailedError, settings: WorkerSettings) -> Exception:
+def _read_outcome(store: Store) -> Outcome:
+    return Outcome(**json.loads(store.read_bytes(OUTCOME_FILE)))
+
+
+def _plain_error(error: TrainingFailedError, phase: PhaseOfRun) -> Exception:
     failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     for failure in failures.values():
         cause = failure.__cause__ or failure
         for kind in (FileNotFoundError, PermissionError, ValueError):
             if isinstance(cause, kind):
                 return kind(str(cause))
-        return RuntimeError(f"training failed ({type(cause).__name__}: {cause}); {_newest_checkpoint(settings)}")
-    return RuntimeError(f"training failed ({error}); {_newest_checkpoint(settings)}")
+        return RuntimeError(f"training failed ({type(cause).__name__}: {cause}); {_newest_checkpoint(phase)}")
+    return RuntimeError(f"training failed ({error}); {_newest_checkpoint(phase)}")
 
 
-def _newest_checkpoint(settings: WorkerSettings) -> str:
-    saved = Checkpoints(settings.run_uri).steps()
+def _newest_checkpoint(phase: PhaseOfRun) -> str:
+    saved = Checkpoints(phase.uri).steps()
     if not saved:
-        return f"{settings.run_uri} has no checkpoint"
-    return f"the newest checkpoint in {settings.run_uri} is of step {saved[-1]}: go on with --resume"
+        return f"{phase.uri} has no checkpoint"
+    return f"the newest checkpoint in {phase.uri} is of step {saved[-1]}: go on with --resume"

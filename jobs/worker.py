@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,13 +26,17 @@ from jobs.engine import (
     learning_rate,
     read_losses,
 )
-from jobs.evaluate import JudgedRow, judge_rows, metrics_of
+from jobs.evaluate import JudgedRow, found_kinds, judge_rows, metrics_of
+from jobs.schedule import PhaseOfRun
 from jobs.tracking import RunHandle, RunLogger
 from mrcnn.evaluation import Metrics
 from mrcnn.model import MaskRCNN
+from mrcnn.structures import Category
+from mrcnn.training_parts import TrainedPart
 from mrcnn.visualize import draw_detections
-from mrcnn.weights import load_weights, model_files
+from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, model_files, model_from_files
 from pipelines.loader import Batch, ShardDataset, batches
+from pipelines.proposals import ProposalDataset
 from pipelines.storage import open_store
 
 OUTCOME_FILE = "outcome.json"
@@ -40,11 +44,12 @@ OUTCOME_FILE = "outcome.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended."""
+    """How training, or a phase of it, ended."""
 
     step: int = 0
+    """Of the run"""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last evaluation"""
+    """Of the last evaluation; none where a phase does not end with a whole detector"""
     images_per_second: float = 0.0
     """Of training proper, over all workers; 0 if nothing was left to train"""
     failure: str | None = None
@@ -58,15 +63,17 @@ class WorkerSettings:
     config: TrainConfig
     data: str
     val_data: str
-    run_uri: str
     run: RunHandle
     weights: str | None
+    phase: PhaseOfRun
+    proposals: str | None = None
+    """URI of those that the phase trains on"""
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
-    """Ray Train's entry: train to the last step, from the newest checkpoint if there is one.
+    """Ray Train's entry: train to the last step of a phase, from the newest checkpoint if there is one.
 
-    How it ended goes to OUTCOME_FILE in the run's folder: Ray brings back metrics only with a checkpoint of its own.
+    How it ended goes to OUTCOME_FILE in the phase's folder: Ray brings back metrics only with a checkpoint of its own.
     """
     settings: WorkerSettings = loop_config["settings"]
     try:
@@ -74,7 +81,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     except NonFiniteLossError as error:  # on all ranks at once; another try would end the same, so do not ask for one
         outcome = Outcome(failure=str(error))
     if ray.train.get_context().get_world_rank() == 0:
-        open_store(settings.run_uri).write_bytes(OUTCOME_FILE, json.dumps(asdict(outcome), indent=1).encode())
+        open_store(settings.phase.uri).write_bytes(OUTCOME_FILE, json.dumps(asdict(outcome), indent=1).encode())
 
 
 class _Worker:
@@ -83,18 +90,16 @@ class _Worker:
     def __init__(self, settings: WorkerSettings) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.settings, self.config = settings, settings.config
+        self.settings, self.config, self.phase = settings, settings.config, settings.phase
         self.data, self.val_data = ShardDataset(settings.data), ShardDataset(settings.val_data)
-        self.checkpoints = Checkpoints(settings.run_uri)
+        self.checkpoints = Checkpoints(self.phase.uri)
         self.logger = RunLogger(settings.run) if self.rank == 0 else None
         device = get_device()
-        torch.manual_seed(self.config.seed)
-        self.model = MaskRCNN(self.config.model, self.data.categories)
-        if settings.weights:
-            load_weights(self.model, settings.weights)
+        self.model = initial_model(settings, self.data.categories)
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        distributed = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if self.world_size > 1 else None
-        self.engine = Engine(distributed or self.model, self.config, device)
+        part = TrainedPart(self.model, self.phase.phase.part, self.phase.phase.learns)
+        distributed = DistributedDataParallel(part, gradient_as_bucket_view=True) if self.world_size > 1 else None
+        self.engine = Engine(distributed or part, self.config, device)
         self.meter = Meter(self.config)
 
     def run(self) -> Outcome:
@@ -103,31 +108,40 @@ class _Worker:
         if newest:
             self.checkpoints.restore(self.model, self.engine, newest)
             self._say(f"going on from {self.checkpoints.store.uri} at step {newest}")
-        stream = batches(
-            self.data,
-            seed=self.config.seed,
-            global_batch=self.config.global_batch,
-            rank=self.rank,
-            world_size=self.world_size,
-            start_images=self.engine.images_seen,
-            flip=self.config.flip,
-            threads=self.config.loader_threads,
-            network_input=self.config.model.input,
-        )
         metrics: dict[str, float] | None = None
-        with closing(stream):  # type: ignore[type-var]
+        with closing(self._stream()) as stream:  # type: ignore[type-var]
             while self.engine.step < self.config.steps:
                 self._train_step(stream)
                 metrics = self._after_step()
         self._export()
         if metrics is None:  # nothing was left to train
             metrics = self._evaluate()
-        return Outcome(self.engine.step, metrics, self.meter.images_per_second)
+        return Outcome(self._step_of_run, metrics, self.meter.images_per_second)
+
+    def _stream(self) -> Iterator[Batch]:
+        proposals = self.settings.proposals
+        return batches(
+            self.data,
+            seed=self.config.seed,
+            global_batch=self.config.global_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_images=self.phase.first_step * self.config.global_batch + self.engine.images_seen,
+            flip=self.config.flip,
+            threads=self.config.loader_threads,
+            network_input=self.config.model.input,
+            proposals=ProposalDataset(proposals, self.data.manifest) if proposals else None,
+        )
+
+    @property
+    def _step_of_run(self) -> int:
+        """What is logged; the engine, its learning rate and the checkpoints count the steps of the phase."""
+        return self.phase.first_step + self.engine.step
 
     def _train_step(self, stream: Iterator[Batch]) -> None:
         with self.meter.waiting_for_data():
             batch = next(stream)
-        self.meter.add(self.engine.train_step(batch.images, batch.targets))
+        self.meter.add(self.engine.train_step(batch.images, batch.targets, batch.proposals))
 
     def _after_step(self) -> dict[str, float] | None:
         """What is due after a step: log, save, evaluate. Returns the metrics of an evaluation."""
@@ -139,6 +153,7 @@ class _Worker:
         if save:
             self._save()
         metrics = self._evaluate() if step % config.evaluate_every == 0 or is_last else None
+        self.engine.model.train()  # as the phase has it: after an evaluation the bare model trains what is fixed, too
         self.meter.restart()
         return metrics
 
@@ -157,12 +172,17 @@ class _Worker:
         check_finite(losses, step)
         if self.logger:
             rate = learning_rate(step - 1, self.config)
-            self.logger.metrics({f"train/{name}": value for name, value in losses.items()}, step)
-            self.logger.metrics({**speed, "train/learning_rate": rate}, step)
+            self.logger.metrics({f"train/{name}": value for name, value in losses.items()}, self._step_of_run)
+            self.logger.metrics({**speed, "train/learning_rate": rate}, self._step_of_run)
         self._say(progress_line(step, self.config.steps, losses, speed, self.config.global_batch))
 
     def _evaluate(self) -> dict[str, float]:
-        """COCO AP on every validation image: each rank detects in its share, rank 0 computes and has the numbers."""
+        """COCO AP on every validation image: each rank detects in its share, rank 0 computes and has the numbers.
+
+        Nothing in a phase after which the model is not yet a whole detector.
+        """
+        if not self.phase.is_last:
+            return {}
         if self.world_size > 1:  # batch norm's statistics of the last step are each rank's own: rank 0's are exported
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -170,8 +190,8 @@ class _Worker:
         rows = gather(judge_rows(self.model, self.val_data, mine), self.rank, self.world_size)
         if self.logger is None:
             return {}
-        metrics = ap_metrics(metrics_of(rows, self.val_data.categories))
-        self.logger.metrics(metrics, self.engine.step)
+        metrics = ap_metrics(metrics_of(rows, self.val_data.categories, found_kinds(self.config.model)))
+        self.logger.metrics(metrics, self._step_of_run)
         self._log_pictures()
         self._say(f"step {self.engine.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         return metrics
@@ -182,17 +202,36 @@ class _Worker:
             row = self.val_data.read(i)
             (found,) = self.model.predict([row.image])
             picture = draw_detections(row.image, found, self.val_data.categories)
-            self.logger.image(picture, f"val/image_{i}", self.engine.step)
+            self.logger.image(picture, f"val/image_{i}", self._step_of_run)
 
     def _export(self) -> None:
         if self.rank == 0:
-            store = open_store(self.settings.run_uri).join("model")
+            store = open_store(self.phase.model_uri)
             for name, data in model_files(self.model).items():
                 store.write_bytes(name, data)
 
     def _say(self, line: str) -> None:
         if self.rank == 0:
-            print(line, flush=True)
+            print(f"{self.phase.label}{line}", flush=True)
+
+
+def initial_model(settings: WorkerSettings, categories: Sequence[Category]) -> MaskRCNN:
+    """The model that a phase starts from: an earlier phase's, or the initial one, by seed and perhaps a file."""
+    if settings.phase.start_uri:
+        model = read_model(settings.phase.start_uri)
+        assert model.config == settings.config.model
+        return model
+    torch.manual_seed(settings.config.seed)
+    model = MaskRCNN(settings.config.model, categories)
+    if settings.weights:
+        load_weights(model, settings.weights)
+    return model
+
+
+def read_model(uri: str) -> MaskRCNN:
+    """A model from its folder in any store."""
+    store = open_store(uri)
+    return model_from_files({name: store.read_bytes(name) for name in (WEIGHTS_FILE, CONFIG_FILE)}, uri)
 
 
 class Meter:
@@ -254,14 +293,13 @@ def progress_line(step: int, steps: int, losses: dict[str, float], speed: dict[s
 
 
 def ap_metrics(found: Metrics) -> dict[str, float]:
-    """The metrics that are compared between runs."""
-    return {
-        "val/mask_AP": found.mask["AP"],
-        "val/mask_AP50": found.mask["AP50"],
-        "val/mask_AP75": found.mask["AP75"],
-        "val/box_AP": found.box["AP"],
-        "val/box_AP50": found.box["AP50"],
+    """The metrics that are compared between runs, of what the model finds."""
+    logged = {
+        "mask": (found.mask, ("AP", "AP50", "AP75")),
+        "keypoint": (found.keypoints, ("AP", "AP50")),
+        "box": (found.box, ("AP", "AP50")),
     }
+    return {f"val/{kind}_{name}": all_[name] for kind, (all_, names) in logged.items() if all_ for name in names}
 
 
 def mean_over_ranks(values: dict[str, float], world_size: int, device: torch.device) -> dict[str, float]:

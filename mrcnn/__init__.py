@@ -1,8 +1,16 @@
 """Mask R-CNN: the model, its operators, losses, weights and evaluation. Stands alone: no Ray, no MLflow."""
 
-from mrcnn.config import BackboneConfig, InputConfig, ModelConfig, RoIConfig, RPNConfig
+from mrcnn.config import (
+    BackboneConfig,
+    InputConfig,
+    KeypointConfig,
+    MaskConfig,
+    ModelConfig,
+    RoIConfig,
+    RPNConfig,
+)
 from mrcnn.model import MaskRCNN
-from mrcnn.preprocess import batch_images, resize_image, resized_size
+from mrcnn.preprocess import batch_images, network_images, resize_image, resized_size
 from mrcnn.structures import Category, Detections, ImageBatch, RunLengthMasks, Targets
 from mrcnn.weights import load_model, load_weights, save_model
 
@@ -12,6 +20,8 @@ __all__ = [
     "Detections",
     "ImageBatch",
     "InputConfig",
+    "KeypointConfig",
+    "MaskConfig",
     "MaskRCNN",
     "ModelConfig",
     "RPNConfig",
@@ -21,6 +31,7 @@ __all__ = [
     "batch_images",
     "load_model",
     "load_weights",
+    "network_images",
     "resize_image",
     "resized_size",
     "save_model",

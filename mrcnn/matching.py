@@ -10,46 +10,56 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mrcnn.boxes import box_area, box_iou, intersection
+from mrcnn.boxes import box_area, intersection, iou_of
+from mrcnn.structures import Targets
 
 POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 
 # A negative of which more than this share lies in a crowd may well hold an object (Detectron's value).
 CROWD_OVERLAP = 0.7
+# Overlaps of objects and candidates that are in memory at a time, some hundred megabytes with the temporaries:
+# 500 objects with 270,000 anchors would be more than a GPU has to spare.
+CHUNK_OVERLAPS = 1 << 25
 
 
 def match(
-    candidates: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    iscrowd: Tensor,
-    *,
-    positive_iou: float,
-    negative_iou: float,
-    keep_best: bool,
+    candidates: Tensor, targets: Targets, *, positive_iou: float, negative_iou: float, keep_best: bool
 ) -> tuple[Tensor, Tensor]:
-    """Match candidates (A, 4) of one image with its padded ground truth (N, 4), (N,), (N,).
+    """Match candidates (B, A, 4), or (1, A, 4) for all images alike, with the objects of their image.
 
     keep_best: the best candidates of each object are positive however low their IoU.
 
     Returns:
-        matched_idxs (A,) int64, the object of highest IoU; kinds (A,) int64, one of POSITIVE, NEGATIVE, IGNORED.
+        matched_idxs (B, A) int64, the object of highest IoU; kinds (B, A) int64, one of POSITIVE, NEGATIVE, IGNORED.
     """
-    if gt_boxes.shape[0] == 0:
-        nothing = torch.zeros(candidates.shape[0], dtype=torch.int64, device=candidates.device)
-        return nothing, nothing.clone()
-    is_object = (gt_labels > 0) & ~iscrowd
-    iou = torch.where(is_object[:, None], box_iou(gt_boxes, candidates), -1.0)  # (N, A)
-    best_iou, matched_idxs = iou.max(dim=0)
+    (B, N), A = targets.labels.shape, candidates.shape[1]
+    best_iou = candidates.new_full((B, A), -1.0)
+    matched_idxs = torch.zeros(B, A, dtype=torch.int64, device=candidates.device)
+    is_best = torch.zeros(B, A, dtype=torch.bool, device=candidates.device)
+    in_crowd = torch.zeros_like(is_best)
+    step = max(1, CHUNK_OVERLAPS // max(B * A, 1))
+    for start in range(0, N, step):
+        some = slice(start, start + step)
+        is_object, is_crowd = _objects_and_crowds(targets, some)
+        inter = intersection(targets.boxes[:, some], candidates)  # (B, n, A)
+        iou = torch.where(is_object[..., None], iou_of(inter, targets.boxes[:, some], candidates), -1.0)
+        highest, idxs = iou.max(dim=1)
+        matched_idxs = torch.where(highest > best_iou, idxs + start, matched_idxs)
+        best_iou = torch.maximum(best_iou, highest)
+        if keep_best:
+            of_object = iou.max(dim=2, keepdim=True).values
+            is_best |= ((iou == of_object) & (of_object > 0)).any(dim=1)
+        covered = inter / box_area(candidates).clamp(min=1e-6)[:, None]
+        in_crowd |= ((covered > CROWD_OVERLAP) & is_crowd[..., None]).any(dim=1)
     kinds = torch.full_like(matched_idxs, IGNORED)
     kinds = kinds.masked_fill(best_iou < negative_iou, NEGATIVE).masked_fill(best_iou >= positive_iou, POSITIVE)
-    if keep_best:
-        best_of_object = iou.max(dim=1, keepdim=True).values
-        is_best = ((iou == best_of_object) & (best_of_object > 0)).any(dim=0)
-        kinds = kinds.masked_fill(is_best, POSITIVE)
-    covered = intersection(gt_boxes, candidates) / box_area(candidates).clamp(min=1e-6)
-    in_crowd = ((covered > CROWD_OVERLAP) & (iscrowd & (gt_labels > 0))[:, None]).any(dim=0)
+    kinds = kinds.masked_fill(is_best, POSITIVE)
     return matched_idxs, kinds.masked_fill(in_crowd & (kinds == NEGATIVE), IGNORED)
+
+
+def _objects_and_crowds(targets: Targets, some: slice) -> tuple[Tensor, Tensor]:
+    there, iscrowd = targets.labels[:, some] > 0, targets.iscrowd[:, some]
+    return there & ~iscrowd, there & iscrowd
 
 
 def priorities(seeds: Tensor, count: int) -> Tensor:

@@ -8,17 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mrcnn.backbone import ResNetFPN
+from mrcnn.backbone import Backbone
 from mrcnn.boxes import clip_boxes
 from mrcnn.config import ModelConfig
-from mrcnn.preprocess import batch_images, normalize, resize_image, resized_size
+from mrcnn.inputs import check_image, check_images, check_targets
+from mrcnn.preprocess import Normalize, network_images
 from mrcnn.roi_heads import BoxResult, RoIHeads
-from mrcnn.rpn import RPN
+from mrcnn.rpn import RPN, Proposals
 from mrcnn.structures import Category, Detections, ImageBatch, Targets
 
 
 class MaskRCNN(nn.Module):
-    """Backbone, region proposals, box and mask heads.
+    """Backbone, region proposals, and heads for boxes, masks and keypoints.
 
     Args:
         config: every setting
@@ -35,30 +36,71 @@ class MaskRCNN(nn.Module):
             )
         self.config = config
         self.categories = tuple(categories)
-        self.backbone = ResNetFPN(config.backbone)
-        self.rpn = RPN(config.backbone.fpn_channels, config.rpn)
-        self.roi_heads = RoIHeads(config.backbone.fpn_channels, config.num_classes, config.roi)
+        self.normalize = Normalize(config.input)
+        self.backbone = Backbone(config.backbone)
+        self.rpn_backbone = Backbone(config.backbone) if config.rpn.features == "own" else None
+        self.rpn = RPN(self.backbone.channels, self.backbone.strides, config.rpn)
+        self.roi_heads = RoIHeads(self.backbone.channels, self.backbone.roi_strides, config)
 
-    def forward(self, images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
-        """The losses of a batch: loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask."""
+    def forward(self, images: ImageBatch, targets: Targets, proposals: Proposals | None = None) -> dict[str, Tensor]:
+        """The losses of a batch: loss_objectness, loss_rpn_box_reg, loss_classifier, loss_box_reg, loss_mask, ...
+
+        With the proposals of an RPN that was trained apart, only the detector's losses: the RPN is not run.
+
+        Raises:
+            ValueError: for images or targets that are not as structures.py describes them.
+        """
+        self.check(images, targets)
         features = self.features(images)
-        proposals, rpn_losses = self.rpn(features, images.sizes, targets)
+        rpn_losses: dict[str, Tensor] = {}
+        if proposals is None:
+            proposals, rpn_losses = self.propose(images, targets, features=features)
         return {**rpn_losses, **self.roi_heads.losses(features, proposals, images.sizes, targets)}
 
     @torch.no_grad()
     def detect(self, images: ImageBatch, source_sizes: Sequence[tuple[int, int]]) -> list[Detections]:
         """Detections of each image, in pixels of its source size (height, width) before any resizing."""
         features = self.features(images)
-        proposals, _ = self.rpn(features, images.sizes)
+        proposals, _ = self.propose(images, features=features)
         boxes = self.roi_heads.detect(features, proposals, images.sizes)
-        masks = self.roi_heads.masks(features, boxes)
-        sizes = images.sizes.tolist()
-        return [self._in_source_pixels(*one) for one in zip(boxes, masks, sizes, source_sizes, strict=True)]
+        return self.detections(features, boxes, images.sizes, source_sizes)
 
     def features(self, images: ImageBatch) -> list[Tensor]:
-        """P2..P6 of the normalised images."""
-        pixels = normalize(images, self.config.input.mean, self.config.input.std)
-        return self.backbone(pixels.contiguous(memory_format=torch.channels_last))
+        """Feature levels of the detector."""
+        return list(self.backbone(self.normalize(images).contiguous(memory_format=torch.channels_last)))
+
+    def propose(
+        self, images: ImageBatch, targets: Targets | None = None, *, features: Sequence[Tensor] | None = None
+    ) -> tuple[Proposals, dict[str, Tensor]]:
+        """Proposals, and with targets the RPN's two losses. features: the detector's, where they are there already."""
+        if self.rpn_backbone is not None:
+            features = self.rpn_backbone(self.normalize(images).contiguous(memory_format=torch.channels_last))
+        elif features is None:
+            features = self.features(images)
+        height, width = images.pixels.shape[-2:]
+        found: tuple[Proposals, dict[str, Tensor]] = self.rpn(features, images.sizes, (height, width), targets)
+        return found
+
+    def check(self, images: ImageBatch, targets: Targets) -> None:
+        """Raise ValueError for images or targets that are not as structures.py describes them."""
+        check_images(images)
+        keypoints = self.config.keypoint.num_keypoints
+        check_targets(targets, images, num_classes=self.config.num_classes, num_keypoints=keypoints)
+
+    @torch.no_grad()
+    def detections(
+        self,
+        features: Sequence[Tensor],
+        boxes: Sequence[BoxResult],
+        sizes: Tensor,
+        source_sizes: Sequence[tuple[int, int]],
+    ) -> list[Detections]:
+        """Masks and keypoints of final boxes in network pixels; everything in source pixels."""
+        heads = self.roi_heads
+        masks = heads.masks(features, boxes) if heads.mask_head is not None else [None] * len(boxes)
+        keypoints = heads.keypoints(features, boxes) if heads.keypoint_head is not None else [None] * len(boxes)
+        parts = zip(boxes, masks, keypoints, sizes.tolist(), source_sizes, strict=True)
+        return [self.in_source_pixels(*part) for part in parts]
 
     def predict(
         self,
@@ -81,48 +123,45 @@ class MaskRCNN(nn.Module):
             ValueError: for an array of another shape or type.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
+            raise ValueError(f"batch_size is {batch_size}, but must be at least 1: 1 or 2 suit most machines")
         for i, image in enumerate(images):
             check_image(image, f"images[{i}]")
         sizes = [(im.shape[0], im.shape[1]) for im in images] if source_sizes is None else source_sizes
+        if len(sizes) != len(images):
+            raise ValueError(f"source_sizes has {len(sizes)} entries for {len(images)} images: give one each")
         device = next(self.parameters()).device
         was_training = self.training
         self.eval()
         found: list[Detections] = []
         for start in range(0, len(images), batch_size):
             some = slice(start, start + batch_size)
-            network_images = [self._network_image(image) for image in images[some]]
-            batch = batch_images(network_images, size_divisor=self.config.input.size_divisor)
+            batch = network_images(images[some], self.config.input)
             found += self.detect(batch.to(device, non_blocking=True), sizes[some])
         self.train(was_training)
         return found
 
-    def _network_image(self, image: np.ndarray) -> np.ndarray:
-        bounds = self.config.input
-        height, width = image.shape[:2]
-        size = resized_size(height, width, shorter_side=bounds.shorter_side, longer_side=bounds.longer_side)
-        return resize_image(image, *size)
-
-    def _in_source_pixels(
-        self, found: BoxResult, mask_probs: Tensor, size: Sequence[int], source_size: tuple[int, int]
+    def in_source_pixels(
+        self,
+        found: BoxResult,
+        mask_probs: Tensor | None,
+        keypoints: Tensor | None,
+        size: Sequence[int],
+        source_size: tuple[int, int],
     ) -> Detections:
+        """What was found in one network image of size (height, width), in pixels of its source."""
         source = (int(source_size[0]), int(source_size[1]))
         scale_y, scale_x = source[0] / size[0], source[1] / size[1]
         boxes = found.boxes * found.boxes.new_tensor([scale_x, scale_y, scale_x, scale_y])
+        if keypoints is not None:
+            keypoints = keypoints * keypoints.new_tensor([scale_x, scale_y, 1.0])
+            keypoints -= keypoints.new_tensor([1.0, 1.0, 0.0]) * self.config.keypoint.pixel_offset
         return Detections(
             boxes=clip_boxes(boxes[None], torch.tensor([source], device=boxes.device))[0],
             labels=found.labels,
             scores=found.scores,
-            mask_probs=mask_probs,
             image_size=source,
-            mask_threshold=self.config.roi.mask_threshold,
+            mask_probs=mask_probs,
+            mask_threshold=self.config.mask.threshold,
+            mask_paste=self.config.mask.paste,
+            keypoints=keypoints,
         )
-
-
-def check_image(image: np.ndarray, name: str) -> None:
-    """Raise ValueError unless image is (H, W, 3) uint8 with pixels in it."""
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-        kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"{name} is {kind}, but must be a uint8 array: give RGB values of 0..255")
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"{name} has shape {image.shape}, but must be (height, width, 3): give an RGB image")

@@ -2,14 +2,16 @@
 
 Shape letters, here and in every tensor comment of this package:
 B images, N ground-truth boxes of an image (padded), A anchors, P proposals, R RoIs of the batch,
-D detections, C channels, H W height and width, K classes, M mask side, T runs of all masks.
+D detections, S sampled RoIs of an image, C channels, H W height and width, K classes, M mask side,
+T runs of all masks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -22,6 +24,27 @@ class Category:
 
     id: int
     name: str
+    keypoints: tuple[str, ...] = ()
+    """Names of its keypoints, in order; left_x and right_x change places where an image is mirrored"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keypoints", tuple(self.keypoints))  # JSON gives a list
+
+
+def mirrored_keypoints(names: Sequence[str]) -> list[int]:
+    """For each keypoint the place of the one that takes its name in a mirrored image: left_eye for right_eye."""
+    places = {name: i for i, name in enumerate(names)}
+    swap = {"left_": "right_", "right_": "left_"}
+    mirrored = []
+    for i, name in enumerate(names):
+        side = next((s for s in swap if name.startswith(s)), None)
+        mirrored.append(i if side is None else places.get(swap[side] + name.removeprefix(side), i))
+    return mirrored
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float32 of what autocast made half precision: scores, boxes and losses are computed in it."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class _OnDevice:
@@ -39,7 +62,7 @@ class ImageBatch(_OnDevice):
     """Images of one batch, padded at the right and at the bottom to a common size."""
 
     pixels: Tensor
-    """(B, 3, H, W) uint8 RGB; what lies beyond `sizes` is ignored."""
+    """(B, 3, H, W) RGB, uint8 or float32, 0..255; what lies beyond `sizes` is ignored."""
     sizes: Tensor
     """(B, 2) int64: height and width of each image before padding."""
 
@@ -73,9 +96,12 @@ class Targets:
     """Of B x N instances in row-major order, over each image's size before padding"""
     seeds: Tensor
     """(B,) int64: one seed an image, from (seed, epoch, image id), which alone decides what is sampled from it"""
+    keypoints: Tensor | None = None
+    """(B, N, keypoints, 3) float32: x, y, visibility (0 not annotated, 1 hidden, 2 visible); None without keypoints"""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: None if v is None else v.to(device, non_blocking=non_blocking) for k, v in moved.items()}
         return Targets(**moved)
 
 
@@ -89,11 +115,15 @@ class Detections:
     """(D,) int64, 1..K"""
     scores: Tensor
     """(D,) float32, 0..1"""
-    mask_probs: Tensor
-    """(D, M, M) float32: probability of the predicted class over each box"""
     image_size: tuple[int, int]
     """height, width"""
+    mask_probs: Tensor | None = None
+    """(D, M, M) float32: probability of the predicted class over each box; None from a model without a mask head"""
     mask_threshold: float = 0.5
+    mask_paste: Literal["continuous", "padded"] = "continuous"
+    """As `MaskConfig.paste`"""
+    keypoints: Tensor | None = None
+    """(D, keypoints, 3) float32: x, y, score; None from a model without a keypoint head"""
 
     def __len__(self) -> int:
         return self.boxes.shape[0]
@@ -103,14 +133,21 @@ class Detections:
         """(D, H, W) bool over the whole image. Made when first asked for: 100 masks of 1333x800 are 107 MB."""
         from mrcnn.postprocess import paste_masks
 
-        return paste_masks(self.mask_probs, self.boxes, self.image_size, threshold=self.mask_threshold)
+        threshold, paste = self.mask_threshold, self.mask_paste
+        return paste_masks(self._probs(), self.boxes, self.image_size, threshold=threshold, paste=paste)
 
     @cached_property
     def rles(self) -> list[dict[str, Any]]:
         """COCO run lengths of the masks: `[{"size": [H, W], "counts": bytes}, ...]`."""
         from mrcnn.postprocess import encode_masks
 
-        return encode_masks(self.mask_probs, self.boxes, self.image_size, threshold=self.mask_threshold)
+        threshold, paste = self.mask_threshold, self.mask_paste
+        return encode_masks(self._probs(), self.boxes, self.image_size, threshold=threshold, paste=paste)
+
+    def _probs(self) -> Tensor:
+        if self.mask_probs is None:
+            raise ValueError("these detections have no masks: the model has mask.head=none, take one with a mask head")
+        return self.mask_probs
 
     def numpy(self) -> dict[str, np.ndarray]:
         """Boxes, labels and scores as arrays."""

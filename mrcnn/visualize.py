@@ -1,4 +1,4 @@
-"""Pictures of detections and of ground truth: translucent masks, outlines, thin boxes, labels."""
+"""Pictures of detections and of ground truth: translucent masks, outlines, thin boxes, keypoints, labels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from mrcnn.skeleton import limbs, own_keypoints
 from mrcnn.structures import Category, Detections
 
 MIN_SIDE = 800
@@ -18,6 +19,9 @@ MIN_SIDE = 800
 MASK_OPACITY = 0.45
 
 Color = tuple[int, int, int]
+LEFT: Color = (255, 150, 0)
+RIGHT: Color = (0, 160, 255)
+"""Of keypoints and limbs of the left_ and the right_ side; all others have their object's colour."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class _Drawn:
     mask: np.ndarray | None  # (H, W) bool
     color: Color
     text: str
+    keypoints: np.ndarray  # (points, 3): x, y as pixel numbers; 0 not there, 1 hidden, 2 visible
+    names: tuple[str, ...]
 
 
 def class_color(label: int) -> Color:
@@ -43,10 +49,12 @@ def draw_detections(
     categories: Sequence[Category],
     *,
     score_threshold: float = 0.5,
+    keypoint_threshold: float = 0.05,
 ) -> np.ndarray:
     """The image with the detections of at least `score_threshold`, the best on top.
 
-    `image` is (H, W, 3) uint8 RGB of size `detections.image_size`; the picture may be larger (`MIN_SIDE`).
+    `image` is (H, W, 3) uint8 RGB of size `detections.image_size`; the picture may be larger (`MIN_SIDE`). Of their
+    keypoints those of at least `keypoint_threshold` are drawn, with COCO's limbs between those that have COCO's names.
     Raises ValueError if the sizes differ.
     """
     if image.shape[:2] != tuple(detections.image_size):
@@ -55,7 +63,9 @@ def draw_detections(
             "draw on the image that was given to predict"
         )
     kept = [i for i, score in enumerate(detections.scores.tolist()) if score >= score_threshold]
-    return _draw(image, [_detected(detections, i, categories) for i in reversed(kept)])
+    points = own_keypoints(detections, categories)
+    seen = [_points(each, keypoint_threshold) for each in points]
+    return _draw(image, [_detected(detections, i, categories, seen[i]) for i in reversed(kept)])
 
 
 def draw_instances(
@@ -63,19 +73,23 @@ def draw_instances(
 ) -> np.ndarray:
     """The image with its annotations, as rows of the shards have them, in pixels of `image`.
 
-    Each instance has `label`, `box` (xyxy), `iscrowd` and `segmentation` with `polygons` or `rle`.
+    Each instance has `label`, `box` (xyxy), `iscrowd`, `segmentation` with `polygons` or `rle`, and perhaps
+    `keypoints`: hidden ones are drawn as rings.
     """
     return _draw(image, [_annotated(instance, image.shape[:2], categories) for instance in instances])
 
 
-def _detected(detections: Detections, i: int, categories: Sequence[Category]) -> _Drawn:
+def _detected(detections: Detections, i: int, categories: Sequence[Category], keypoints: np.ndarray) -> _Drawn:
     label = int(detections.labels[i])
+    has_mask = detections.mask_probs is not None
     x1, y1, x2, y2 = detections.boxes[i].tolist()
     return _Drawn(
         box=(x1, y1, x2, y2),
-        mask=mask_utils.decode(detections.rles[i]).astype(bool),
+        mask=mask_utils.decode(detections.rles[i]).astype(bool) if has_mask else None,
         color=class_color(label),
         text=f"{categories[label - 1].name} {100 * float(detections.scores[i]):.0f}",
+        keypoints=keypoints,
+        names=categories[label - 1].keypoints,
     )
 
 
@@ -88,7 +102,17 @@ def _annotated(instance: Mapping[str, Any], size: tuple[int, int], categories: S
         mask=_annotated_mask(instance["segmentation"], size),
         color=class_color(label),
         text=f"{name} (crowd)" if instance["iscrowd"] else name,
+        keypoints=_points(instance.get("keypoints")),
+        names=categories[label - 1].keypoints,
     )
+
+
+def _points(flat: Sequence[float] | None, score_threshold: float | None = None) -> np.ndarray:
+    """(points, 3) of x, y, visibility (0, 1, 2) triples, or of x, y, score triples: 2 from the threshold on, else 0."""
+    points = np.array(flat or [], np.float64).reshape(-1, 3)
+    if score_threshold is not None:
+        points[:, 2] = np.where(points[:, 2] >= score_threshold, 2, 0)
+    return points
 
 
 def _annotated_mask(segmentation: Mapping[str, Any] | None, size: tuple[int, int]) -> np.ndarray | None:
@@ -115,6 +139,8 @@ def _draw(image: np.ndarray, objects: Sequence[_Drawn]) -> np.ndarray:
     for item in objects:
         x1, y1, x2, y2 = (round(v * scale) for v in item.box)
         cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), item.color, line, cv2.LINE_AA)
+    for item in objects:
+        _paint_keypoints(canvas, item, scale, line)
     for item, corner in _label_places(objects, scale, canvas.shape[:2]):
         _paint_label(canvas, item, corner)
     return canvas
@@ -133,6 +159,31 @@ def _paint_mask(canvas: np.ndarray, item: _Drawn, line: int) -> None:
     dark = tuple(channel // 3 for channel in item.color)  # sets neighbours of one class apart
     cv2.drawContours(canvas, contours, -1, dark, line + 1, cv2.LINE_AA)
     cv2.drawContours(canvas, contours, -1, item.color, line, cv2.LINE_AA)
+
+
+def _paint_keypoints(canvas: np.ndarray, item: _Drawn, scale: float, line: int) -> None:
+    """Limbs, then points over them; dark edges keep them apart from the mask."""
+    places = [(round((x + 0.5) * scale - 0.5), round((y + 0.5) * scale - 0.5)) for x, y, _ in item.keypoints.tolist()]
+    seen = item.keypoints[:, 2]
+    names = item.names if len(item.names) == len(places) else ("",) * len(places)
+    drawn = [(a, b) for a, b in limbs(names) if seen[a] > 0 and seen[b] > 0]
+    for width, dark in ((line + 3, True), (line + 1, False)):
+        for a, b in drawn:
+            color = _side_color(names[a], names[b], item.color)
+            cv2.line(canvas, places[a], places[b], (0, 0, 0) if dark else color, width, cv2.LINE_AA)
+    for name, place, visibility in zip(names, places, seen, strict=True):
+        if visibility > 0:
+            cv2.circle(canvas, place, line + 3, (0, 0, 0), cv2.FILLED, cv2.LINE_AA)
+            color = _side_color(name, name, item.color)
+            cv2.circle(canvas, place, line + 2, color, cv2.FILLED if visibility > 1 else 1, cv2.LINE_AA)
+
+
+def _side_color(one: str, other: str, color: Color) -> Color:
+    """Of a limb from one keypoint to another."""
+    for side, its_color in (("left_", LEFT), ("right_", RIGHT)):
+        if one.startswith(side) and other.startswith(side):
+            return its_color
+    return color
 
 
 def _font(size: tuple[int, int]) -> tuple[float, int]:

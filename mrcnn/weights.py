@@ -1,21 +1,52 @@
-"""Saving, loading and translating weights. Nothing is unpickled but plain tensors (`torch.load(weights_only=True)`)."""
+"""Saving and loading models, and starting one from others' weights: our own, both peers', and their ImageNet bodies."""
 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from mrcnn.config import ModelConfig
+from mrcnn.bodies import STEM, Body, adapt_stem, read_body
+from mrcnn.checkpoints import read_state
+from mrcnn.coco_categories import COCO_CATEGORIES, COCO_CATEGORIES_WITH_GAPS
+from mrcnn.config import InputConfig, ModelConfig
 from mrcnn.model import MaskRCNN
+from mrcnn.peers import (
+    PeerModel,
+    from_detectron2,
+    from_torchvision,
+    is_detectron2,
+    is_torchvision,
+    only_used_classes,
+    to_detectron2,
+    to_torchvision,
+)
+from mrcnn.settings import require
 from mrcnn.structures import Category
+
+__all__ = [
+    "CONFIG_FILE",
+    "FORMAT",
+    "WEIGHTS_FILE",
+    "PeerModel",
+    "from_detectron2",
+    "from_torchvision",
+    "load_model",
+    "load_weights",
+    "model_files",
+    "model_from_files",
+    "read_state",
+    "save_model",
+    "state_bytes",
+    "to_detectron2",
+    "to_torchvision",
+]
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 FORMAT = "mrcnn-1"
@@ -84,46 +115,77 @@ def model_from_files(files: Mapping[str, bytes], source: str, *, device: torch.d
     return model.to(device).eval()
 
 
-def read_state(file: str | Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors file or from a PyTorch checkpoint, of which only tensors are read."""
-    file = Path(file)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: give a .safetensors or .pth file")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file} cannot be read as weights ({first_line}): give .safetensors or .pth") from error
-    state = state.get("model", state.get("state_dict", state)) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{file} holds no state dict of tensors: give the weights themselves")
-    return dict(state)
-
-
 def load_weights(model: MaskRCNN, file: str | Path) -> None:
-    """Start `model` from a file: our own weights, or a torchvision ResNet's, which fill the body.
+    """Start `model` from a file: a whole model (ours or a peer's) or an ImageNet body (torchvision's, detectron2's).
 
-    Raises ValueError when tensors are missing, left over or of another shape.
+    A body fills res5 of a C4 head and a second backbone of the RPN, too. Where weights were trained for another order
+    or scale of the input's channels than the model has, the first convolution is changed for that exactly; for another
+    mean or another place of the stride they are refused.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: when tensors are missing, left over or of another shape, or do not fit the model's settings.
     """
     state = read_state(file)
-    if "conv1.weight" in state:
-        state = {body_name(name): value for name, value in state.items() if not name.startswith("fc.")}
-        own = {f"backbone.{k}" for k in model.backbone.state_dict() if k.startswith(("stem.", "stages."))}
-        state = {k: v for k, v in state.items() if k in own or not k.endswith("num_batches_tracked")}
-        _check_names(own, set(state), str(file))
-        full = model.state_dict()
-        state = {**full, **state}
-    _load_strictly(model, state, str(file))
+    backbone = model.config.backbone
+    body = read_body(state, norm_eps=backbone.norm_eps)
+    if body is not None:
+        _load_body(model, body, str(file))
+    elif is_torchvision(state):
+        _load_peer(model, from_torchvision(state, norm_eps=backbone.norm_eps), str(file))
+    elif is_detectron2(state):
+        _load_peer(model, from_detectron2(state), str(file))
+    else:
+        _load_strictly(model, state, str(file))
 
 
-def body_name(name: str) -> str:
-    """The name in our model of a tensor of torchvision's ResNet: layer1.0.conv1.weight -> backbone.stages.0.0...."""
-    head, _, tail = name.partition(".")
-    if head.startswith("layer"):
-        return f"backbone.stages.{int(head[5:]) - 1}.{tail}"
-    return f"backbone.stem.{ {'conv1': 0, 'bn1': 1}.get(head, head) }.{tail}"
+def _load_body(model: MaskRCNN, body: Body, file: str) -> None:
+    _check_stride(model.config, body.stride_in_1x1, file)
+    state = {**body.state, STEM: _stem(body.state[STEM], body.input, model.config.input, file)}
+    own = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    wanted = {name: body_name(name) for name in own if body_name(name) is not None}
+    used = {name for name in wanted.values() if name is not None}
+    _check_names(used, {*state, *body.unknown}, file)
+    filled = {name: state[source] for name, source in wanted.items() if source is not None}
+    _load_strictly(model, {**model.state_dict(), **filled}, file)
+
+
+def _load_peer(model: MaskRCNN, given: PeerModel, file: str) -> None:
+    if given.categories == COCO_CATEGORIES_WITH_GAPS and model.config.num_classes == len(COCO_CATEGORIES):
+        given = only_used_classes(given)
+    _check_stride(model.config, given.config.backbone.stride_in_1x1, file)
+    stem = f"backbone.{STEM}"
+    state = {**given.state, stem: _stem(given.state[stem], given.config.input, model.config.input, file)}
+    counters = {name: v for name, v in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    kept = {name: v for name, v in state.items() if name in counters or not name.endswith("num_batches_tracked")}
+    _load_strictly(model, {**counters, **kept}, file)
+
+
+def body_name(name: str) -> str | None:
+    """Which tensor of a body fills the one of this name in our model; None for what is no part of a body."""
+    for prefix, place in (("backbone.", ""), ("rpn_backbone.", ""), ("roi_heads.res5.", "stages.3.")):
+        rest = name.removeprefix(prefix)
+        if rest != name and (place or rest.startswith(("stem.", "stages."))):
+            return place + rest
+    return None
+
+
+def _check_stride(config: ModelConfig, stride_in_1x1: bool, file: str) -> None:
+    has_1x1 = config.backbone.name not in ("resnet18", "resnet34")
+    require(
+        not has_1x1 or config.backbone.stride_in_1x1 == stride_in_1x1,
+        "backbone.stride_in_1x1",
+        config.backbone.stride_in_1x1,
+        f"{stride_in_1x1} for {file}",
+        "set it so, because the weights were trained with the stride there",
+    )
+
+
+def _stem(weight: Tensor, given: InputConfig, wanted: InputConfig, file: str) -> Tensor:
+    try:
+        return adapt_stem(weight, given, wanted)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _check_names(expected: set[str], given: set[str], file: str) -> None:
@@ -145,35 +207,3 @@ def _load_strictly(model: MaskRCNN, state: Mapping[str, Tensor], file: str) -> N
                 "num_classes or a width differs"
             )
     model.load_state_dict(state)
-
-
-def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's maskrcnn_resnet50_fpn state dict under our names; background rows of boxes and masks go."""
-    renamed = {}
-    for name, value in state.items():
-        if name.startswith("backbone.body."):
-            new = body_name(name.removeprefix("backbone.body."))
-        else:
-            new = _TORCHVISION_NAMES[name.rpartition(".")[0]] + "." + name.rpartition(".")[2]
-        if new.startswith("roi_heads.box_head.box_deltas"):
-            value = value[4:]
-        elif new.startswith("roi_heads.mask_head.mask_logits"):
-            value = value[1:]
-        renamed[new] = value
-    return renamed
-
-
-_TORCHVISION_NAMES = {
-    **{f"backbone.fpn.inner_blocks.{i}.0": f"backbone.lateral.{i}" for i in range(4)},
-    **{f"backbone.fpn.layer_blocks.{i}.0": f"backbone.output.{i}" for i in range(4)},
-    "rpn.head.conv.0.0": "rpn.conv",
-    "rpn.head.cls_logits": "rpn.objectness",
-    "rpn.head.bbox_pred": "rpn.deltas",
-    "roi_heads.box_head.fc6": "roi_heads.box_head.fc1",
-    "roi_heads.box_head.fc7": "roi_heads.box_head.fc2",
-    "roi_heads.box_predictor.cls_score": "roi_heads.box_head.class_logits",
-    "roi_heads.box_predictor.bbox_pred": "roi_heads.box_head.box_deltas",
-    **{f"roi_heads.mask_head.{i}.0": f"roi_heads.mask_head.convs.{i}.0" for i in range(4)},
-    "roi_heads.mask_predictor.conv5_mask": "roi_heads.mask_head.deconv",
-    "roi_heads.mask_predictor.mask_fcn_logits": "roi_heads.mask_head.mask_logits",
-}

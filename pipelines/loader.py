@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 
 from mrcnn.config import InputConfig
 from mrcnn.preprocess import batch_images, resize_image, resized_size
-from mrcnn.structures import Category, ImageBatch, RunLengthMasks, Targets
+from mrcnn.rpn import Proposals
+from mrcnn.structures import Category, ImageBatch, RunLengthMasks, Targets, mirrored_keypoints
 from pipelines.manifest import Manifest
 from pipelines.prefetch import prefetched
+from pipelines.proposals import ProposalDataset, collate_proposals
 from pipelines.rle import flip_ends, segmentation_ends
 from pipelines.scaling import Scaling, scale_instance
-from pipelines.shards import ShardReader
+from pipelines.shards import ShardedRows
 from pipelines.storage import open_store
 from pipelines.transforms import decode_stored
 
@@ -40,8 +42,8 @@ class Row:
 
     image_id: int
     uri: str
-    image: NDArray[np.uint8]
-    """(H, W, 3) RGB, perhaps read-only"""
+    image: NDArray[Any]
+    """(H, W, 3) RGB, perhaps read-only: uint8, or float32 once it is resized as torchvision does it"""
     source_size: tuple[int, int]
     """Height and width of the original"""
     instances: list[dict[str, Any]]
@@ -73,22 +75,19 @@ class ShardDataset:
         return self.manifest.categories
 
     @cached_property
-    def _first_rows(self) -> NDArray[np.int64]:
-        return np.cumsum([0, *(shard.rows for shard in self.manifest.shards)])
-
-    @cached_property
-    def _readers(self) -> list[ShardReader]:
-        return [ShardReader(self._store, shard.name) for shard in self.manifest.shards]
+    def _rows(self) -> ShardedRows:
+        return ShardedRows(self._store, self.manifest.shards)
 
     def __len__(self) -> int:
-        return int(self._first_rows[-1])
+        return len(self._rows)
+
+    def numbers(self, shard: int) -> range:
+        """Numbers of the rows of a shard."""
+        return self._rows.numbers(shard)
 
     def read(self, index: int) -> Row:
         """Row by its number, decoded. Threads may call it at once."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        shard = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        row = self._readers[shard].read(index - int(self._first_rows[shard]))
+        row = self._rows.read(index)
         height, width = row["height"].as_py(), row["width"].as_py()
         return Row(
             image_id=row["image_id"].as_py(),
@@ -111,6 +110,8 @@ class Batch:
     images: ImageBatch
     targets: Targets
     image_ids: tuple[int, ...]
+    proposals: Proposals | None = None
+    """Where the detector trains on those of an RPN that was trained apart"""
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
@@ -142,12 +143,14 @@ def batches(
     threads: int = 2,
     prefetch: int = 4,
     network_input: InputConfig | None = None,
+    proposals: ProposalDataset | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of `rank`, read ahead by threads. Close the iterator to stop them.
 
     `start_images` is the number of images that all ranks together have consumed before: the stream goes on
     there. Every image comes once in each epoch; a step may span two epochs. Each image is mirrored with
     probability `flip`, and resized to what `network_input` asks for; without one it keeps the size it is stored in.
+    Its `proposals`, if there are any, go with it.
     Raises ValueError where `world_size` does not divide `global_batch`, or the data set is empty.
     """
     if global_batch < 1 or global_batch % world_size:
@@ -158,7 +161,7 @@ def batches(
     share = global_batch // world_size
     places = (range(start, start + share) for start in count(start_images + rank * share, global_batch))
     order = _Order(seed, len(dataset))
-    load = partial(_load, dataset=dataset, order=order, flip=flip, network_input=network_input)
+    load = partial(_load, dataset=dataset, order=order, flip=flip, network_input=network_input, proposals=proposals)
     return prefetched(load, places, threads=threads, ahead=prefetch)
 
 
@@ -179,53 +182,84 @@ class _Order:
 
 
 def _load(
-    places: range, *, dataset: ShardDataset, order: _Order, flip: float, network_input: InputConfig | None
+    places: range,
+    *,
+    dataset: ShardDataset,
+    order: _Order,
+    flip: float,
+    network_input: InputConfig | None,
+    proposals: ProposalDataset | None,
 ) -> Batch:
     epochs, indices = zip(*(order(place) for place in places), strict=True)
-    rows = [resize_row(dataset.read(index), network_input) for index in indices]
+    stored = [dataset.read(index) for index in indices]
+    rows = [resize_row(row, network_input) for row in stored]
     keys = [(order.seed, epoch, row.image_id) for epoch, row in zip(epochs, rows, strict=True)]
+    flips = [image_seed(*key, purpose="flip") < flip * 2**63 for key in keys]
     images, targets = collate(
         rows,
         seeds=[image_seed(*key) for key in keys],
-        flips=[image_seed(*key, purpose="flip") < flip * 2**63 for key in keys],
+        flips=flips,
+        categories=dataset.categories,
         size_divisor=network_input.size_divisor if network_input else 32,
     )
-    return Batch(images, targets, tuple(row.image_id for row in rows))
+    found = None
+    if proposals is not None:
+        scalings = [Scaling(_size(before), _size(after)) for before, after in zip(stored, rows, strict=True)]
+        found = collate_proposals([proposals.read(i) for i in indices], scalings, flips=flips, top_n=proposals.top_n)
+    return Batch(images, targets, tuple(row.image_id for row in rows), found)
+
+
+def _size(row: Row) -> tuple[int, int]:
+    return row.image.shape[0], row.image.shape[1]
 
 
 def resize_row(row: Row, network_input: InputConfig | None) -> Row:
     """The row with its image and instances at the network's size; unchanged if it is stored in that size."""
     if network_input is None:
         return row
-    height, width = row.image.shape[:2]
-    shorter, longer = network_input.shorter_side, network_input.longer_side
-    size = resized_size(height, width, shorter_side=shorter, longer_side=longer)
+    height, width = _size(row)
+    shorter, longer, resize = network_input.shorter_side, network_input.longer_side, network_input.resize
+    size = resized_size(height, width, shorter_side=shorter, longer_side=longer, resize=resize)
     scaling = Scaling((height, width), size)
     instances = [scale_instance(instance, scaling) for instance in row.instances]
-    return replace(row, image=resize_image(row.image, *size), instances=instances)
+    return replace(row, image=resize_image(row.image, *size, resize), instances=instances)
 
 
 def collate(
-    rows: Sequence[Row], seeds: Sequence[int], flips: Sequence[bool], *, size_divisor: int = 32
+    rows: Sequence[Row],
+    *,
+    seeds: Sequence[int],
+    flips: Sequence[bool],
+    categories: Sequence[Category] = (),
+    size_divisor: int = 32,
 ) -> tuple[ImageBatch, Targets]:
     """Stack rows, padded with zeros to a common multiple of `size_divisor`, mirrored where `flips` says so.
 
     Objects whose box is narrower than MIN_BOX_SIDE are left out; an object without a segmentation has a mask without
-    runs.
+    runs. Where the categories name keypoints, all objects have as many as the category with most of them: those that
+    its own category does not have are not annotated, as are all of a crowd and of an object without keypoints.
     """
     images = [row.image[:, ::-1] if flip else row.image for row, flip in zip(rows, flips, strict=True)]
-    objects = [_objects(row, flip) for row, flip in zip(rows, flips, strict=True)]
+    objects = [_objects(row, flip, categories) for row, flip in zip(rows, flips, strict=True)]
     most = max(len(each.labels) for each in objects)
     boxes = torch.zeros(len(rows), most, 4)
     labels = torch.zeros(len(rows), most, dtype=torch.int64)
     iscrowd = torch.zeros(len(rows), most, dtype=torch.bool)
+    keypoints = torch.zeros(len(rows), most, _most_keypoints(categories), 3)
     for b, each in enumerate(objects):
         n = len(each.labels)
         boxes[b, :n] = torch.from_numpy(each.boxes)
         labels[b, :n] = torch.tensor(each.labels, dtype=torch.int64)
         iscrowd[b, :n] = torch.tensor(each.iscrowd, dtype=torch.bool)
-    masks = _flatten_masks([each.masks for each in objects], most)
-    targets = Targets(boxes, labels, iscrowd, masks, torch.tensor(seeds, dtype=torch.int64))
+        keypoints[b, :n] = torch.from_numpy(each.keypoints)
+    targets = Targets(
+        boxes=boxes,
+        labels=labels,
+        iscrowd=iscrowd,
+        masks=_flatten_masks([each.masks for each in objects], most),
+        seeds=torch.tensor(seeds, dtype=torch.int64),
+        keypoints=keypoints if keypoints.shape[2] else None,
+    )
     return batch_images(images, size_divisor=size_divisor), targets
 
 
@@ -235,9 +269,10 @@ class _Objects:
     labels: list[int]
     iscrowd: list[bool]
     masks: list[NDArray[np.int64]]
+    keypoints: NDArray[np.float32]
 
 
-def _objects(row: Row, flip: bool) -> _Objects:
+def _objects(row: Row, flip: bool, categories: Sequence[Category]) -> _Objects:
     height, width = row.image.shape[:2]
     kept = [each for each in row.instances if _has_extent(each["box"])]
     boxes = np.array([each["box"] for each in kept], np.float32).reshape(-1, 4)
@@ -245,7 +280,28 @@ def _objects(row: Row, flip: bool) -> _Objects:
     if flip:
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
         masks = [flip_ends(each, height, width) if len(each) else each for each in masks]
-    return _Objects(boxes, [each["label"] for each in kept], [each["iscrowd"] for each in kept], masks)
+    keypoints = np.zeros((len(kept), _most_keypoints(categories), 3), np.float32)
+    if keypoints.size:
+        for points, each in zip(keypoints, kept, strict=True):
+            own = _keypoints(each, categories[each["label"] - 1], mirrored_in=width if flip else None)
+            points[: len(own)] = own
+    return _Objects(boxes, [each["label"] for each in kept], [each["iscrowd"] for each in kept], masks, keypoints)
+
+
+def _most_keypoints(categories: Sequence[Category]) -> int:
+    return max((len(category.keypoints) for category in categories), default=0)
+
+
+def _keypoints(instance: dict[str, Any], category: Category, *, mirrored_in: int | None) -> NDArray[np.float32]:
+    """(keypoints of the category, 3), with zeros where nothing is annotated; mirrored in an image of some width."""
+    if instance["iscrowd"] or not instance["keypoints"] or not category.keypoints:
+        return np.zeros((len(category.keypoints), 3), np.float32)
+    points = np.array(instance["keypoints"], np.float32).reshape(-1, 3)
+    annotated = points[:, 2:] > 0
+    if mirrored_in is not None:
+        points[:, 0] = mirrored_in - 1 - points[:, 0]  # they are pixel numbers: see pipelines/scaling.py
+    points = np.where(annotated, points, np.float32(0))
+    return points if mirrored_in is None else points[mirrored_keypoints(category.keypoints)]
 
 
 def _has_extent(box: Sequence[float]) -> bool:

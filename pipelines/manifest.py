@@ -59,7 +59,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
 
     def _content(self) -> dict[str, Any]:
-        categories = [{"label": i, **asdict(each)} for i, each in enumerate(self.categories, start=1)]
+        categories = [{"label": i, **_category(each)} for i, each in enumerate(self.categories, start=1)]
         return {
             "schema_version": self.schema_version,
             "categories": categories,
@@ -98,7 +98,10 @@ class Manifest:
                 "build the data again, or use the version that built it"
             )
         manifest = cls(
-            categories=tuple(Category(id=each["id"], name=each["name"]) for each in content["categories"]),
+            categories=tuple(
+                Category(id=each["id"], name=each["name"], keypoints=tuple(each.get("keypoints", ())))
+                for each in content["categories"]
+            ),
             build=content["build"],
             shards=tuple(ShardInfo(**each) for each in content["shards"]),
             totals=Totals(**content["totals"]),
@@ -106,3 +109,9 @@ class Manifest:
         if manifest.digest != content["digest"]:
             raise ValueError(f"{uri}/{FILE_NAME} was changed after it was written: build the data again")
         return manifest
+
+
+def _category(category: Category) -> dict[str, Any]:
+    """Without keypoints where there are none, as in manifests from before there were any."""
+    content = asdict(category)
+    return content if category.keypoints else {key: content[key] for key in ("id", "name")}

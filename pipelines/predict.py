@@ -23,6 +23,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
+from mrcnn.evaluation import coco_results
 from mrcnn.model import MaskRCNN
 from mrcnn.structures import Detections
 from mrcnn.visualize import draw_detections
@@ -32,6 +33,7 @@ from pipelines.records import Reject, Stage
 from pipelines.storage import Store
 from pipelines.transforms import DecodeError, Pixels, decode, encode
 
+SCHEMA_VERSION = 2  # of the parts
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 PROGRESS = "_progress"
 READ_THREADS = 2
@@ -45,7 +47,10 @@ DETECTION = pa.struct(
         pa.field("category_id", pa.int32()),  # the training data's own
         pa.field("score", pa.float32()),
         pa.field("box", pa.list_(pa.float32(), 4)),  # x, y, width, height in source pixels
-        pa.field("rle", pa.struct([pa.field("size", pa.list_(pa.int32(), 2)), pa.field("counts", pa.string())])),
+        # null from a model without masks; of a list of fixed size in a null, Parquet cannot be read back
+        pa.field("rle", pa.struct([pa.field("size", pa.list_(pa.int32())), pa.field("counts", pa.string())])),
+        # x, y, score of each keypoint of the category, in source pixels; null without
+        pa.field("keypoints", pa.list_(pa.float32())),
     ]
 )
 
@@ -59,7 +64,7 @@ PREDICTIONS = pa.schema(
         pa.field("width", pa.int32()),
         pa.field("detections", pa.list_(DETECTION)),  # best first
     ],
-    metadata={"mrcnn.schema_version": "1"},
+    metadata={"mrcnn.schema_version": str(SCHEMA_VERSION)},
 )
 
 
@@ -191,18 +196,17 @@ class ChunkPredictor:
 
     def _row(self, image_id: int, uri: str, found: Detections) -> dict[str, Any]:
         height, width = found.image_size
-        boxes = torch.cat([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], dim=1).tolist()
+        entries = coco_results(image_id, found, self.model.categories)
         detections = [
             {
                 "label": label,
-                "category_id": self.model.categories[label - 1].id,
-                "score": score,
-                "box": box,
-                "rle": {"size": list(rle["size"]), "counts": rle["counts"].decode()},
+                "category_id": entry["category_id"],
+                "score": entry["score"],
+                "box": entry["bbox"],
+                "rle": entry.get("segmentation"),
+                "keypoints": entry.get("keypoints"),
             }
-            for label, score, box, rle in zip(
-                found.labels.tolist(), found.scores.tolist(), boxes, found.rles, strict=True
-            )
+            for label, entry in zip(found.labels.tolist(), entries, strict=True)
         ]
         return {"image_id": image_id, "uri": uri, "height": height, "width": width, "detections": detections}
 

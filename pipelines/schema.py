@@ -24,7 +24,7 @@ INSTANCE = pa.struct(
         pa.field("area", pa.float32()),  # of the annotation, scaled with the image
         pa.field("iscrowd", pa.bool_()),
         pa.field("segmentation", SEGMENTATION),
-        pa.field("keypoints", pa.list_(pa.float32())),  # x, y, visibility for each; null where there are none
+        pa.field("keypoints", pa.list_(pa.float32())),  # x, y, visibility of each keypoint of the category; or null
     ]
 )
 

@@ -6,7 +6,7 @@ Bodies are uncompressed: from a memory map, raw pixels are used where they lie.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.manifest import ShardInfo
 from pipelines.schema import SHARD
 from pipelines.storage import Store
 
@@ -26,22 +27,45 @@ BLOCK = np.dtype([("offset", "<i8"), ("metadata", "<i4"), ("padding", "<i4"), ("
 RECORD_BATCHES = 3  # its place among the fields of `table Footer`
 
 
-def write_shard(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+def write_shard(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema = SHARD) -> int:
     """Write rows (dicts of the schema's fields), holding one at a time in memory; the number of rows."""
     count = 0
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SHARD) as writer:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for row in rows:
-            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SHARD))
+            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=schema))
             count += 1
     return count
+
+
+class ShardedRows:
+    """The rows of some shards in a folder, by number. Opens files when they are first needed; threads may share it."""
+
+    def __init__(self, store: Store, shards: Sequence[ShardInfo], schema: pa.Schema = SHARD) -> None:
+        self._first_rows = np.cumsum([0, *(shard.rows for shard in shards)])
+        self._readers = [ShardReader(store, shard.name, schema) for shard in shards]
+
+    def __len__(self) -> int:
+        return int(self._first_rows[-1])
+
+    def numbers(self, shard: int) -> range:
+        """Numbers of the rows of a shard."""
+        return range(int(self._first_rows[shard]), int(self._first_rows[shard + 1]))
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Row by its number, as a dict of pyarrow scalars. Raises ValueError where its file is damaged."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        shard = int(np.searchsorted(self._first_rows, index, side="right")) - 1
+        return self._readers[shard].read(index - int(self._first_rows[shard]))
 
 
 class ShardReader:
     """Random access to the rows of one shard. Threads may share it."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, schema: pa.Schema = SHARD) -> None:
         self._store = store
         self._name = name
+        self._schema = schema
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -51,10 +75,10 @@ class ShardReader:
         block = self._blocks[row]
         buffer = self._fetch(int(block["offset"]), int(block["metadata"]) + int(block["body"]))
         try:
-            batch = pa.ipc.read_record_batch(pa.ipc.read_message(buffer), SHARD)
+            batch = pa.ipc.read_record_batch(pa.ipc.read_message(buffer), self._schema)
         except (pa.ArrowInvalid, OSError, EOFError) as error:
             raise self._damaged(f"row {row}: {error}") from None
-        return {name: column[0] for name, column in zip(SHARD.names, batch.columns, strict=True)}
+        return {name: column[0] for name, column in zip(self._schema.names, batch.columns, strict=True)}
 
     @cached_property
     def _mapped(self) -> pa.Buffer:
@@ -79,7 +103,7 @@ class ShardReader:
         return _record_batch_blocks(footer or self._fetch(size - 10 - length, length).to_pybytes())
 
     def _damaged(self, what: str) -> ValueError:
-        return ValueError(f"{self._store.uri_of(self._name)} is damaged ({what}): build the data again")
+        return ValueError(f"{self._store.uri_of(self._name)} is damaged ({what}): remove its folder and make it again")
 
 
 def _record_batch_blocks(footer: bytes) -> NDArray[Any]:

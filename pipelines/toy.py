@@ -27,6 +27,7 @@ Mask = NDArray[np.bool_]
 Canvas = NDArray[np.float32]
 
 CATEGORIES = ((1, "circle"), (3, "square"), (7, "triangle"), (12, "star"))  # ids with gaps, as in COCO
+KEYPOINTS = ("left_end", "right_end", "centre")
 HUES = (0.02, 0.30, 0.58, 0.83)  # where the colour of most objects of a class lies
 HUE_SPREAD = 0.10
 ODD_COLOUR_SHARE = 0.25  # objects of any hue whatever
@@ -61,6 +62,7 @@ class _Shape:
     category: int  # index into CATEGORIES
     polygon: list[float]
     full: Mask
+    keypoints: NDArray[np.float64]  # (3, 2), as the corners of the polygon
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,19 @@ class ToyImage:
 
 
 def make_toy_data(
-    out: str, *, images: int, seed: int, size: int = 128, objects: tuple[int, int] = (2, 5)
+    out: str,
+    *,
+    images: int,
+    seed: int,
+    size: int = 128,
+    objects: tuple[int, int] = (2, 5),
+    keypoints: bool = False,
 ) -> ToySummary:
     """Write `out`/images/*.jpg and `out`/annotations.json; `out` is a local path or s3://bucket/prefix.
 
     Image i is a function of (seed, i, size, objects) alone. `size` is the shorter side in pixels, the longer
-    one is up to a quarter longer; an image has `objects` (fewest, most) objects. Raises ValueError for
-    numbers that make no sense.
+    one is up to a quarter longer; an image has `objects` (fewest, most) objects. With `keypoints` each object has its
+    leftmost and its rightmost corner and its centre as keypoints. Raises ValueError for numbers that make no sense.
     """
     if images < 1:
         raise ValueError(f"--images is {images}, but must be at least 1")
@@ -92,7 +100,7 @@ def make_toy_data(
     make = partial(_make_and_write, store.join("images"), seed=seed, size=size, objects=objects)
     made = tqdm(prefetched(make, range(images), threads=2, ahead=16), total=images, unit=" images", disable=None)
     records = list(made)
-    coco = _coco(records, seed)
+    coco = _coco(records, seed, keypoints=keypoints)
     store.write_bytes("annotations.json", json.dumps(coco).encode())
     names = dict(CATEGORIES)
     found = [names[each["category_id"]] for each in coco["annotations"]]
@@ -114,13 +122,19 @@ def _make_and_write(store: Store, index: int, **how: Any) -> tuple[dict[str, Any
     return {"id": image_id, "file_name": name, "height": height, "width": width}, image.annotations
 
 
-def _coco(records: list[tuple[dict[str, Any], list[dict[str, Any]]]], seed: int) -> dict[str, Any]:
-    owned = [(record["id"], each) for record, annotations in records for each in annotations]
+def _coco(records: list[tuple[dict[str, Any], list[dict[str, Any]]]], seed: int, *, keypoints: bool) -> dict[str, Any]:
+    left_out = () if keypoints else ("keypoints", "num_keypoints")
+    owned = [
+        (record["id"], {key: value for key, value in each.items() if key not in left_out})
+        for record, annotations in records
+        for each in annotations
+    ]
+    names = {"keypoints": KEYPOINTS} if keypoints else {}
     return {
         "info": {"description": f"toy shapes, seed {seed}"},
         "images": [record for record, _ in records],
         "annotations": [{"id": i, "image_id": image, **each} for i, (image, each) in enumerate(owned, start=1)],
-        "categories": [{"id": id_, "name": name, "supercategory": "shape"} for id_, name in CATEGORIES],
+        "categories": [{"id": id_, "name": name, "supercategory": "shape", **names} for id_, name in CATEGORIES],
     }
 
 
@@ -167,7 +181,7 @@ def _random_shape(rng: np.random.Generator, height: int, width: int) -> tuple[_S
     polygon = corners.ravel().tolist()
     ends = ends_from_counts(counts_from_polygons([polygon], height, width))
     full = bitmap_from_ends(ends, height, width).astype(bool)
-    return _Shape(category, polygon, full), area
+    return _Shape(category, polygon, full, np.stack([corners[x.argmin()], corners[x.argmax()], center])), area
 
 
 def _outline(name: str, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -195,6 +209,7 @@ def _visible(full: list[Mask]) -> list[Mask]:
 def _annotate(shape: _Shape, visible: Mask) -> dict[str, Any]:
     """Polygon where nothing covers the shape, run lengths where its outline is another's."""
     rle = coco_mask.encode(np.asfortranarray(visible, np.uint8))
+    keypoints = [_annotate_point(x, y, shape.full, visible) for x, y in shape.keypoints.tolist()]
     counts = {"size": list(visible.shape), "counts": rle["counts"].decode()}
     return {
         "category_id": CATEGORIES[shape.category][0],
@@ -202,7 +217,19 @@ def _annotate(shape: _Shape, visible: Mask) -> dict[str, Any]:
         "area": int(visible.sum()),
         "iscrowd": 0,
         "segmentation": [shape.polygon] if (visible == shape.full).all() else counts,
+        "keypoints": [value for point in keypoints for value in point],
+        "num_keypoints": sum(visibility > 0 for _, _, visibility in keypoints),
     }
+
+
+def _annotate_point(x: float, y: float, full: Mask, visible: Mask) -> tuple[float, float, int]:
+    """Pixel numbers and visibility: 1 where another object covers this one, 0 outside of the image, else 2."""
+    height, width = visible.shape
+    if not (0.5 <= x <= width - 0.5 and 0.5 <= y <= height - 0.5):
+        return 0, 0, 0
+    near = np.s_[max(int(y) - 1, 0) : int(y) + 2, max(int(x) - 1, 0) : int(x) + 2]  # ends lie on the outline
+    covered = full[near].any() and not visible[near].any()
+    return x - 0.5, y - 0.5, 1 if covered else 2
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> Canvas:

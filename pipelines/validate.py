@@ -74,11 +74,14 @@ def _area(area: Any, bbox: Sequence[float], scaling: Scaling) -> float:
 
 
 def _keypoints(keypoints: Any, scaling: Scaling) -> list[float] | None:
-    if keypoints is None:
+    if keypoints is None or keypoints == []:
         return None
     numbers = _numbers(keypoints, "keypoints")
     if len(numbers) % 3:
         raise AnnotationError(f"keypoints are not triples: {len(numbers)} numbers")
+    wrong = [v for v in numbers[2::3] if v not in (0, 1, 2)]
+    if wrong:
+        raise AnnotationError(f"keypoint visibility is neither 0, 1 nor 2: {wrong[0]:g}")
     return scale_keypoints(np.array(numbers), scaling)
 
 

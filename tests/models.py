@@ -11,6 +11,7 @@ from mrcnn import (
     BackboneConfig,
     ImageBatch,
     InputConfig,
+    MaskConfig,
     MaskRCNN,
     ModelConfig,
     RoIConfig,
@@ -31,7 +32,8 @@ SMALL = ModelConfig(
         post_nms_top_n_test=50,
         batch_size_per_image=64,
     ),
-    roi=RoIConfig(batch_size_per_image=32, box_channels=64, mask_channels=32, mask_convs=1, mask_norm="gn"),
+    roi=RoIConfig(batch_size_per_image=32, box_channels=64),
+    mask=MaskConfig(channels=32, convs=1, norm="gn"),
     input=InputConfig(shorter_side=96, longer_side=128),
 )
 
@@ -63,6 +65,20 @@ def batch_of(
     masks = RunLengthMasks(torch.tensor(ends, dtype=torch.int32), torch.tensor(offsets))
     targets = Targets(padded, labels, (labels > 0) & crowd, masks, torch.arange(B) + 11)
     return ImageBatch(pixels, torch.tensor([size] * B)), targets
+
+
+def with_keypoints(images: ImageBatch, targets: Targets, count: int) -> tuple[ImageBatch, Targets]:
+    """The batch with `count` keypoints in each object, on a line through its box; the first one is not annotated."""
+    import dataclasses
+
+    if count == 0:
+        return images, targets
+    share = torch.linspace(0.1, 0.9, count)[:, None]
+    low, high = targets.boxes[:, :, None, :2], targets.boxes[:, :, None, 2:]
+    points = low + share * (high - low)
+    visible = ((torch.arange(count) > 0) & (targets.labels > 0)[..., None] & ~targets.iscrowd[..., None]).float() * 2
+    keypoints = torch.cat([points * (visible > 0)[..., None], visible[..., None]], dim=-1)
+    return images, dataclasses.replace(targets, keypoints=keypoints)
 
 
 def ellipse(box: Sequence[float], size: tuple[int, int]) -> np.ndarray:

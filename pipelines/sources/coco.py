@@ -18,8 +18,9 @@ KEPT = ("id", "category_id", "bbox", "area", "iscrowd", "segmentation", "keypoin
 def read_coco(annotations: str, images: Store) -> SourceData:
     """Parse a COCO file (whole, in memory); `images` is the folder of the file names in it.
 
-    Labels are 1..K by rising category id. An image or annotation that cannot be used is a reject. Raises
-    ValueError, naming the file and what is wrong with it, where it is not COCO at all.
+    Labels are 1..K by rising category id. An image or annotation that cannot be used is a reject. An annotation has as
+    many keypoints as its category names, or none; where the category names none, keypoints are kept, but no model is
+    trained on them. Raises ValueError, naming the file and what is wrong with it, where it is not COCO at all.
     """
     data = read_uri(annotations)
     try:
@@ -31,8 +32,9 @@ def read_coco(annotations: str, images: Store) -> SourceData:
     images_listed, annotations_listed = content["images"], content.get("annotations", [])
     records, rejects = _images(images_listed, images)
     labels = {category.id: label for label, category in enumerate(categories, start=1)}
+    keypoints = {category.id: len(category.keypoints) for category in categories}
     lost = {each.image_id: each for each in rejects if each.image_id is not None}
-    rejected = _attach(annotations_listed, _Index(images, records, lost, labels))
+    rejected = _attach(annotations_listed, _Index(images, records, lost, labels, keypoints))
     return SourceData(
         categories=categories,
         records=list(records.values()),
@@ -64,8 +66,15 @@ def _categories(listed: list[Any], name: str) -> tuple[Category, ...]:
             raise ValueError(f"{name}: category {each!r} needs a whole-number 'id' and a 'name'")
         if each["id"] in found:
             raise ValueError(f"{name}: category id {each['id']} comes twice: ids must differ")
-        found[each["id"]] = Category(id=each["id"], name=each["name"])
+        found[each["id"]] = Category(id=each["id"], name=each["name"], keypoints=_keypoint_names(each, name))
     return tuple(found[id_] for id_ in sorted(found))
+
+
+def _keypoint_names(category: dict[str, Any], file_name: str) -> tuple[str, ...]:
+    names = category.get("keypoints") or []
+    if not isinstance(names, list) or not all(isinstance(each, str) for each in names) or len(set(names)) != len(names):
+        raise ValueError(f"{file_name}: keypoints of category {category['name']!r} are no list of differing names")
+    return tuple(names)
 
 
 def _images(listed: list[Any], images: Store) -> tuple[dict[int, ImageRecord], list[Reject]]:
@@ -110,6 +119,8 @@ class _Index:
     """Rejected images by id"""
     labels: dict[int, int]
     """By category id"""
+    keypoints: dict[int, int]
+    """Their number by category id"""
 
     def uri(self, image_id: int | None) -> str:
         record = None if image_id is None else self.records.get(image_id)
@@ -145,7 +156,14 @@ def _annotation_fault(annotation: dict[str, Any], index: _Index) -> str | None:
         return f"annotation id is not a whole number: {annotation.get('id')!r}"
     if not _is_int(category, INT32) or category not in index.labels:
         return f"unknown category: {category!r}"
-    return None
+    return _keypoint_fault(annotation.get("keypoints"), index.keypoints[category])
+
+
+def _keypoint_fault(keypoints: Any, expected: int) -> str | None:
+    """What is in the list is looked at later, when instances are made."""
+    if not expected or not keypoints or not isinstance(keypoints, list) or len(keypoints) == 3 * expected:
+        return None
+    return f"keypoints are not those of the category: {len(keypoints)} numbers for {expected} keypoints"
 
 
 def _is_int(value: object, bound: int) -> TypeGuard[int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import COMMANDS, main
+from jobs.presets import PRESETS
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -87,7 +88,7 @@ def test_annotations_that_are_not_coco(
 def test_an_unknown_preset_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "train", "r50", "--data", "d")
     assert (code, out) == (2, "")
-    assert err == "mrcnn: error: 'r50' is no preset: take one of r50_fpn, r101_fpn, r18_fpn_small, toy\n"
+    assert err == f"mrcnn: error: 'r50' is no preset: take one of {', '.join(PRESETS)}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """The training step and the schedule, in one process."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
+from watch import Watched
 
 from jobs.config import OptimizerConfig, TrainConfig
 from jobs.engine import Engine, NonFiniteLossError, build_optimizer, check_finite, learning_rate, read_losses
@@ -54,6 +56,20 @@ def test_gradients_are_clipped(small_model: MaskRCNN, small_batch: tuple[ImageBa
     engine.train_step(*small_batch)
     moved = sum((p - before[name]).square().sum() for name, p in small_model.named_parameters()).sqrt()
     assert 0 < moved <= 0.02 * 1e-6 * 1.001
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_whole_step_waits_for_no_value(
+    precision: Literal["fp32", "bf16"], small_model: MaskRCNN, small_batch: tuple[ImageBatch, Targets]
+) -> None:
+    """Forward, backward, clipping and update, with momentum of a step before."""
+    optimizer = OptimizerConfig(warmup_steps=2, clip_norm=1.0)
+    config = TrainConfig(model=small_model.config, optimizer=optimizer, precision=precision)
+    engine = Engine(small_model, config, torch.device("cpu"))
+    with Watched() as watched:
+        for _ in range(2):
+            engine.train_step(*small_batch)
+    assert watched.waits == []
 
 
 def test_bfloat16_stays_close(small_model: MaskRCNN, small_batch: tuple[ImageBatch, Targets]) -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from models import SMALL
 
-from jobs.evaluate import JudgedRow, evaluate, judge_rows, metrics_of
-from mrcnn import Category, Detections, MaskRCNN, save_model
+from jobs.evaluate import JudgedRow, check_categories, evaluate, found_kinds, judge_rows, metrics_of
+from jobs.worker import ap_metrics
+from mrcnn import Category, Detections, KeypointConfig, MaskConfig, MaskRCNN, ModelConfig, save_model
 from pipelines.build import BuildConfig, build
 from pipelines.loader import ShardDataset
-from pipelines.toy import ToySummary
+from pipelines.toy import ToySummary, make_toy_data
 
 
 def model_for(dataset: ShardDataset, seed: int = 0) -> MaskRCNN:
@@ -108,3 +109,81 @@ def test_other_categories_are_refused_by_name(toy_shards: str, ray_cluster: None
         evaluate(str(tmp_path), toy_shards)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         evaluate(str(tmp_path), str(tmp_path / "nowhere"))
+
+
+KEYPOINTS = replace(SMALL, mask=MaskConfig(head="none"), keypoint=KeypointConfig(num_keypoints=3, convs=1, channels=16))
+BOXES = replace(SMALL, mask=MaskConfig(head="none"))
+
+
+class Pointing(Omniscient):
+    """Answers with the true boxes and keypoints, and no masks."""
+
+    def predict(self, images: Sequence[np.ndarray], source_sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+        (image,), ((height, width),) = images, source_sizes
+        row = self.dataset.read(self.calls)
+        (found,) = super().predict(images, source_sizes)
+        points = torch.tensor([i["keypoints"] for i in row.instances]).reshape(-1, 3, 3)
+        scale = torch.tensor([width / image.shape[1], height / image.shape[0]])
+        points[..., :2] = (points[..., :2] + 0.5) * scale - 0.5
+        return [replace(found, mask_probs=None, keypoints=points)]
+
+
+@pytest.fixture(scope="module")
+def pointed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+    """Toy data with keypoints, at half its size."""
+    folder = tmp_path_factory.mktemp("pointed")
+    toy = make_toy_data(str(folder / "toy"), images=6, seed=2, size=96, keypoints=True)
+    config = BuildConfig(toy.images_uri, toy.annotations_uri, str(folder / "shards"), shorter_side=48, longer_side=80)
+    build(config)
+    return ShardDataset(config.out)
+
+
+def test_keypoints_come_back_in_source_pixels(pointed: ShardDataset) -> None:
+    rows = judge_rows(Pointing(pointed), pointed, range(len(pointed)))  # type: ignore[arg-type]
+    metrics = metrics_of(rows, pointed.categories, found_kinds(KEYPOINTS))
+    assert metrics.box["AP"] == metrics.keypoints["AP"] == pytest.approx(1.0)
+    assert set(metrics.keypoints_per_category) == {"circle", "square", "triangle", "star"}
+    assert metrics.mask == {}
+    assert list(ap_metrics(metrics)) == ["val/keypoint_AP", "val/keypoint_AP50", "val/box_AP", "val/box_AP50"]
+    off = metrics_of([shifted(row) for row in rows], pointed.categories, found_kinds(KEYPOINTS))
+    assert off.keypoints["AP"] < 0.3
+    assert off.box["AP"] == pytest.approx(1.0)
+
+
+def shifted(row: JudgedRow) -> JudgedRow:
+    """With keypoints a tenth of the image off."""
+    results = [
+        result | {"keypoints": [x if i % 3 == 2 else x + row.image["width"] / 10 for i, x in enumerate(points)]}
+        for result in row.results
+        for points in [result["keypoints"]]
+    ]
+    return replace(row, results=results)
+
+
+def test_what_a_model_does_not_find_is_not_measured(pointed: ShardDataset) -> None:
+    assert found_kinds(SMALL) == {"box", "mask"}
+    assert found_kinds(BOXES) == {"box"}
+    assert found_kinds(replace(KEYPOINTS, mask=MaskConfig())) == {"box", "mask", "keypoints"}
+    rows = [replace(row, results=[]) for row in judge_rows(Omniscient(pointed), pointed, range(2))]  # type: ignore[arg-type]
+    assert list(ap_metrics(metrics_of(rows, pointed.categories, found_kinds(BOXES)))) == ["val/box_AP", "val/box_AP50"]
+
+
+@pytest.mark.parametrize("config", [BOXES, KEYPOINTS])
+def test_models_without_masks_are_evaluated(config: ModelConfig, pointed: ShardDataset) -> None:
+    torch.manual_seed(0)
+    model = MaskRCNN(replace(config, num_classes=4), pointed.categories).eval()
+    rows = judge_rows(model, pointed, range(2))
+    metrics = metrics_of(rows, pointed.categories, found_kinds(config))
+    assert sum(len(row.results) for row in rows) > 0
+    assert metrics.mask == {}
+    assert bool(metrics.keypoints) == (config is KEYPOINTS)
+    assert "mask" not in metrics.table()
+
+
+def test_keypoints_have_to_mean_the_same_only_to_a_model_that_finds_some(pointed: ShardDataset) -> None:
+    unnamed = [Category(each.id, each.name) for each in pointed.categories]
+    check_categories(MaskRCNN(replace(SMALL, num_classes=4), unnamed), "m", pointed)
+    with pytest.raises(
+        ValueError, match=r"knows the categories \['1 circle', .*1 circle \(left_end, right_end, centre\)"
+    ):
+        check_categories(MaskRCNN(replace(KEYPOINTS, num_classes=4), unnamed), "m", pointed)

@@ -12,16 +12,18 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from models import SMALL
 from pycocotools import mask as coco_mask
 
 from jobs.evaluate import judge_rows, metrics_of
 from jobs.predict import PredictSummary, predict
-from mrcnn import InputConfig, MaskRCNN, load_model, save_model
+from mrcnn import Category, InputConfig, KeypointConfig, MaskConfig, MaskRCNN, load_model, save_model
 from mrcnn.evaluation import evaluate_coco
+from mrcnn.weights import model_files
 from pipelines.loader import ShardDataset
-from pipelines.predict import PREDICTIONS
+from pipelines.predict import PREDICTIONS, Chunk, ChunkPredictor, PredictSettings
 from pipelines.storage import open_store
 from pipelines.toy import ToySummary
 
@@ -98,6 +100,7 @@ def test_rows_are_the_models_answers(first: tuple[PredictSummary, Path], model: 
         assert found["label"] == int(expected.labels[i])
         assert found["score"] == pytest.approx(float(expected.scores[i]), abs=1e-5)
         assert coco_mask.decode(found["rle"]).shape == (row["height"], row["width"])
+        assert found["keypoints"] is None
 
 
 def test_the_average_precision_is_evaluates(
@@ -210,3 +213,30 @@ def test_from_bucket_to_bucket(
     assert table["detections"].equals(local["detections"])
     assert table["uri"][0].as_py().startswith(f"{s3}/predict/in/")
     assert sum(name.startswith("overlays/") for name in store.list()) == 1
+
+
+def test_keypoints_without_masks(toy_data: ToySummary, ray_cluster: None, tmp_path: Path) -> None:
+    from jobs.predict import _coco_entries
+
+    torch.manual_seed(0)
+    keypoint = KeypointConfig(num_keypoints=3, convs=1, channels=16)
+    config = replace(SMALL, num_classes=2, mask=MaskConfig(head="none"), keypoint=keypoint)
+    categories = [Category(4, "fish", ("left_eye", "right_eye", "mouth")), Category(9, "worm", ("mouth",))]
+    images, out = open_store(toy_data.images_uri), open_store(str(tmp_path))
+    names = sorted(images.list())[:3]
+    model = MaskRCNN(config, categories)
+    predictor = ChunkPredictor(ray.put(model_files(model)), PredictSettings(images, out, frozenset(names[:1])))
+    receipt = predictor.predict(Chunk("predictions/part-00000.parquet", [1, 2, 3], names))
+    assert (receipt.rows, receipt.rejects) == (3, [])
+    rows = pq.read_table(tmp_path / receipt.part).to_pylist()
+    found = [each for row in rows for each in row["detections"]]
+    assert {each["label"] for each in found} == {1, 2}
+    assert all(each["rle"] is None for each in found)
+    assert all(len(each["keypoints"]) == {4: 9, 9: 3}[each["category_id"]] for each in found)
+    first = predictor.model.predict([cv2.imread(f"{toy_data.images_uri}/{names[0]}")[:, :, ::-1].copy()])[0]
+    points = first.keypoints[0].flatten()[: len(rows[0]["detections"][0]["keypoints"])]
+    assert rows[0]["detections"][0]["keypoints"] == pytest.approx(points.tolist(), abs=0.5)
+    entries = list(_coco_entries(rows))
+    assert len(entries) == len(found)
+    assert all("segmentation" not in entry and entry["keypoints"] for entry in entries)
+    assert (tmp_path / "overlays" / f"{names[0]}.png").exists()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from models import small_model
+import torch
+from models import SMALL, small_model
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from jobs import tracking
 from jobs.registry import promote, register, resolve_model
-from mrcnn import MaskRCNN, save_model
+from mrcnn import KeypointConfig, MaskConfig, MaskRCNN, save_model
 from mrcnn.weights import model_from_files
 
 NAME = "shapes"
@@ -154,6 +156,39 @@ def test_the_champion_gives_way_only_to_one_that_is_not_worse(versions: dict[str
     assert (alias("staging"), alias("previous-staging"), alias("previous")) == ("1", "2", "4")
     with pytest.raises(ValueError, match="shapes/9 does not exist"):
         promote(NAME, 9)
+
+
+def test_models_without_masks_compare_by_keypoints_or_boxes(tmp_path: Path) -> None:
+    name = "dots"
+    torch.manual_seed(0)
+    keypoint = KeypointConfig(num_keypoints=3, convs=1, channels=16)
+    model = MaskRCNN(replace(SMALL, mask=MaskConfig(head="none"), keypoint=keypoint)).eval()
+    save_model(model, tmp_path)
+    measured = {
+        "boxes": {"val/box_AP": 0.5},
+        "worse boxes": {"val/box_AP": 0.4},
+        "keypoints": {"val/keypoint_AP": 0.3, "val/box_AP": 0.3},
+        "worse keypoints": {"val/keypoint_AP": 0.2, "val/box_AP": 0.9},
+    }
+    versions = {}
+    for run, metrics in measured.items():
+        tags = {tracking.MODEL_URI_TAG: str(tmp_path), tracking.VAL_DIGEST_TAG: "d"}
+        handle = tracking.create_run(experiment="dots", name=run, params={}, tags=tags)
+        tracking.RunLogger(handle).metrics(metrics, step=1)
+        tracking.RunLogger(handle).finish()
+        versions[run] = register(run, name)
+    promote(name, versions["boxes"])
+    with pytest.raises(ValueError, match=r"has box AP 0\.4000, the champion, version 1, has 0\.5000"):
+        promote(name, versions["worse boxes"])
+    promote(name, versions["keypoints"])  # finds more
+    with pytest.raises(ValueError, match=r"has keypoint AP 0\.2000, the champion, version 3, has 0\.3000"):
+        promote(name, versions["worse keypoints"])
+    with pytest.raises(ValueError, match=r"has keypoint AP nan"):
+        promote(name, versions["boxes"])
+    assert tracking.client().get_model_version(name, "3").tags["val/keypoint_AP"] == "0.3"
+    (answer,) = mlflow.pyfunc.load_model(f"models:/{name}/1").predict([png(64, 90)])
+    assert answer["detections"]
+    assert all(len(each["keypoints"]) == 9 and "rle" not in each for each in answer["detections"])
 
 
 def test_the_pyfunc_finds_what_the_model_finds(versions: dict[str, int], model: MaskRCNN) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import os
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,17 @@ import numpy as np
 import pytest
 import torch
 from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from mrcnn.evaluation import NUMBERS, Metrics, coco_results, evaluate_coco
+from mrcnn.evaluation import (
+    KEYPOINT_NUMBERS,
+    NUMBERS,
+    coco_evaluations,
+    coco_results,
+    evaluate_coco,
+)
+from mrcnn.skeleton import COCO_SIGMAS, oks_sigmas
 from mrcnn.structures import Category, Detections
 
 ORACLE = Path(os.environ.get("MRCNN_ORACLE", Path(__file__).parents[3] / "shared" / "oracle"))
@@ -60,36 +71,90 @@ def truth(*annotations: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def oracle() -> tuple[dict[str, Any], Metrics]:
-    if not (ORACLE / "coco_eval_expected.json").exists():
+def read(name: str) -> Any:
+    """A file of the oracle, or a skip."""
+    if not (ORACLE / f"{name}.json").exists():
         pytest.skip(f"no reference numbers in {ORACLE}: set MRCNN_ORACLE to their folder")
-    read = {
-        name: json.loads((ORACLE / f"{name}.json").read_text())
-        for name in ("coco_instances_val2017_tiny", "coco_results_instances", "coco_eval_expected")
-    }
-    metrics = evaluate_coco(read["coco_instances_val2017_tiny"], read["coco_results_instances"])
-    return {"truth": read["coco_instances_val2017_tiny"], **read["coco_eval_expected"]}, metrics
+    return json.loads((ORACLE / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize(("kind", "key"), [("box", "bbox"), ("mask", "segm_area_from_mask")])
-def test_the_twelve_numbers_and_each_category_are_pycocotools(
-    oracle: tuple[dict[str, Any], Metrics], kind: str, key: str
-) -> None:
-    expected, metrics = oracle
-    assert list(getattr(metrics, kind).values()) == pytest.approx(expected[key]["stats"], abs=1e-12)
-    names = {str(c["id"]): c["name"] for c in expected["truth"]["categories"]}
-    by_name = {names[i]: ap for i, ap in expected[key]["ap_per_category"].items()}
+KINDS = {
+    "bbox": ("box", "instances", "mask"),
+    "segm_area_from_mask": ("mask", "instances", "mask"),
+    "segm_area_from_bbox": ("mask", "instances", "box"),
+    "keypoints": ("keypoints", "keypoints", "mask"),
+}
+
+
+@pytest.mark.parametrize("key", KINDS)
+def test_numbers_categories_and_curves_are_pycocotools(key: str) -> None:
+    kind, results, mask_area = KINDS[key]
+    truth_name = {"instances": "coco_instances", "keypoints": "coco_person_keypoints"}[results]
+    expected = read("coco_eval_expected")[key]
+    arguments = (read(f"{truth_name}_val2017_tiny"), read(f"coco_results_{results}"))
+    metrics = evaluate_coco(*arguments, mask_area=mask_area)  # type: ignore[arg-type]
+    assert list(getattr(metrics, kind).values()) == pytest.approx(expected["stats"], abs=1e-12)
+    assert metrics.images == 50
+    names = {str(c["id"]): c["name"] for c in arguments[0]["categories"]}
+    by_name = {names[i]: ap for i, ap in expected.get("ap_per_category", {"1": expected["stats"][0]}).items()}
     found = {n: -1.0 if math.isnan(ap) else ap for n, ap in getattr(metrics, f"{kind}_per_category").items()}
     assert found == pytest.approx(by_name, abs=1e-12)
-    assert metrics.images == 50
+    curves = coco_evaluations(*arguments, {kind}, mask_area=mask_area)[kind].eval  # type: ignore[arg-type, index]
+    with np.load(ORACLE / "coco_eval_arrays.npz") as arrays:
+        for name in ("precision", "recall", "scores"):  # stored in single precision
+            np.testing.assert_allclose(curves[name], arrays[f"{key}/{name}"], rtol=0, atol=1e-7)
 
 
-def test_masks_are_small_or_large_by_their_own_area(oracle: tuple[dict[str, Any], Metrics]) -> None:
-    expected, metrics = oracle
-    by_box = dict(zip(NUMBERS, expected["segm_area_from_bbox"]["stats"], strict=True))
-    assert metrics.mask["AP"] == pytest.approx(by_box["AP"])
-    assert metrics.mask["APl"] != pytest.approx(by_box["APl"], abs=1e-3)
+def test_masks_are_small_or_large_by_their_own_area() -> None:
+    truth, results = read("coco_instances_val2017_tiny"), read("coco_results_instances")
+    by_mask, by_box = (evaluate_coco(truth, results, {"mask"}, mask_area=area).mask for area in ("mask", "box"))
+    assert by_mask["AP"] == pytest.approx(by_box["AP"])
+    assert by_mask["APl"] != pytest.approx(by_box["APl"], abs=1e-3)
+
+
+@pytest.mark.coco100
+@pytest.mark.parametrize("file", ["instances_train2017", "person_keypoints_train2017", "instances_val2017"])
+def test_real_annotations_give_pycocotools_own_numbers(coco100: Path, file: str) -> None:
+    """Results made of the annotations themselves, moved about, with made up scores."""
+    gt = json.loads((coco100 / f"annotations/{file}.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in gt["images"]}
+    rng = np.random.RandomState(0)
+    results = [moved(a, sizes[a["image_id"]], rng) for a in gt["annotations"] if not a["iscrowd"]]
+    metrics = evaluate_coco(gt, results)
+    kinds = {"box": "bbox", "mask": "segmentation"} | ({"keypoints": "keypoints"} if "person" in file else {})
+    for kind, key in kinds.items():
+        expected = pycocotools_numbers(gt, results, key)
+        assert list(getattr(metrics, kind).values()) == pytest.approx(expected, abs=1e-6, nan_ok=True)
+        assert 0.1 < getattr(metrics, kind)["AP"] < 0.9
+
+
+def moved(a: dict[str, Any], size: tuple[int, int], rng: np.random.RandomState) -> dict[str, Any]:
+    x, y, w, h = a["bbox"]
+    dx, dy = (rng.normal(0, 0.08, 2) * [w, h]).tolist()
+    mask = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(a["segmentation"], *size)))
+    shifted = np.roll(mask, (round(dy), round(dx)), (0, 1))
+    found = {key: a[key] for key in ("image_id", "category_id")} | {"score": round(float(rng.rand()), 2)}
+    found |= {"bbox": [x + dx, y + dy, w, h], "segmentation": mask_utils.encode(np.asfortranarray(shifted))}
+    if "keypoints" in a:
+        points = np.array(a["keypoints"], float).reshape(-1, 3)
+        points[:, :2] += rng.normal(0, 0.02, (len(points), 2)) * [w, h]
+        found["keypoints"] = points.ravel().tolist()
+    return found
+
+
+def pycocotools_numbers(gt: dict[str, Any], results: list[dict[str, Any]], kind: str) -> list[float]:
+    keep = ("image_id", "category_id", "score", kind)
+    with redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = copy.deepcopy(gt)
+        coco.createIndex()
+        evaluation = COCOeval(
+            coco, coco.loadRes([{k: r[k] for k in keep} for r in results]), kind.replace("segmentation", "segm")
+        )
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return [math.nan if value < 0 else float(value) for value in evaluation.stats]
 
 
 def test_perfect_results_give_one_and_leave_the_arguments_alone() -> None:
@@ -138,8 +203,17 @@ def test_no_results_are_zeros_and_no_ground_truth_is_nan() -> None:
     assert metrics.mask_per_category["cat"] == 0.0
     assert math.isnan(metrics.mask_per_category["dog"])
     assert math.isnan(metrics.mask["APl"])
+    assert metrics.keypoints == {}
     nothing = evaluate_coco(truth(), [result(0, 3, (10, 10, 16, 20), 0.9)])
     assert all(math.isnan(x) for x in [*nothing.box.values(), *nothing.mask.values()])
+
+
+def test_nothing_is_printed_or_logged(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    gt = pointed_truth(annotation(0, 3, (10, 10, 40, 40), keypoints=[10, 10, 2, 49, 10, 1, 30, 49, 2]))
+    evaluate_coco(gt, [result(0, 3, (10, 10, 20, 20), 0.9)], {"box", "mask", "keypoints"})
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
 
 
 def test_metrics_go_into_json_and_onto_the_screen() -> None:
@@ -177,5 +251,73 @@ def test_coco_results_of_detections() -> None:
 
 
 def test_no_detections_give_no_results() -> None:
-    empty = Detections(torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0), torch.zeros(0, 28, 28), (9, 9))
+    empty = Detections(torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0), (9, 9), torch.zeros(0, 28, 28))
     assert coco_results(1, empty, CATEGORIES) == []
+
+
+CATS_WITH_POINTS = (
+    Category(3, "cat", ("left_ear", "right_ear", "tail")),
+    Category(7, "dog", ("nose",)),
+    Category(8, "yak"),
+)
+
+
+def pointed_truth(*annotations: dict[str, Any]) -> dict[str, Any]:
+    categories = [{"id": c.id, "name": c.name, "keypoints": list(c.keypoints)} for c in CATS_WITH_POINTS]
+    return {**truth(*annotations), "categories": categories}
+
+
+def test_boxes_alone_are_measured_alone() -> None:
+    boxes = [{k: v for k, v in result(0, 3, (10, 10, 20, 20), 0.9).items() if k != "segmentation"}]
+    gt = truth(annotation(0, 3, (10, 10, 20, 20)))
+    metrics = evaluate_coco(gt, boxes)
+    assert metrics.box["AP"] == pytest.approx(1.0)
+    assert metrics.mask == metrics.mask_per_category == metrics.keypoints == {}
+    assert evaluate_coco(gt, [], {"box"}).mask == {}
+    assert [line.split()[0] for line in metrics.table().splitlines()] == ["AP", "box"]
+    assert json.loads(json.dumps(metrics.to_dict()))["mask"] == {}
+
+
+def test_keypoints_of_categories_with_different_numbers_of_them() -> None:
+    cat = annotation(0, 3, (10, 10, 40, 40), keypoints=[10, 10, 2, 49, 10, 1, 30, 49, 2])
+    dog = annotation(1, 7, (60, 20, 50, 50), keypoints=[70, 30, 2])
+    unmarked = annotation(1, 3, (10, 10, 40, 40))
+    found = [
+        {**result(0, 3, (10, 10, 40, 40), 0.9), "keypoints": [10, 10, 0.3, 49, 10, 0.2, 30, 49, 0.9]},
+        {**result(1, 7, (60, 20, 50, 50), 0.8), "keypoints": [70, 30, 0.9]},
+        {**result(1, 3, (10, 10, 40, 40), 0.95), "keypoints": [11, 11, 0.3, 48, 11, 0.2, 30, 48, 0.9]},
+        result(0, 8, (10, 10, 40, 40), 0.9),
+    ]
+    metrics = evaluate_coco(pointed_truth(cat, dog, unmarked), found)
+    assert list(metrics.keypoints) == list(KEYPOINT_NUMBERS)
+    assert metrics.keypoints["AP"] == pytest.approx(1.0)
+    assert metrics.keypoints_per_category == pytest.approx({"cat": 1.0, "dog": 1.0})
+    assert "keypoints" in metrics.table()
+
+
+def test_similarity_is_that_of_the_stated_tolerance() -> None:
+    """One point, off by d: OKS = exp(-d^2 / (8 sigma^2 area)); here 0.72: passes 0.50 .. 0.70, five of ten."""
+    dog = annotation(0, 7, (10, 10, 40, 40), keypoints=[20, 20, 2])
+    (sigma,) = oks_sigmas(1)
+    assert sigma == pytest.approx(np.mean(COCO_SIGMAS))
+    d = math.sqrt(-8 * sigma**2 * 1600 * math.log(0.72))
+    gt = {**pointed_truth(dog), "categories": [{"id": 7, "name": "dog", "keypoints": ["nose"]}]}
+    found = [{**result(0, 7, (10, 10, 40, 40), 0.9), "keypoints": [20 + d, 20, 0.9]}]
+    assert evaluate_coco(gt, found).keypoints["AP"] == pytest.approx(0.5)
+
+
+def test_other_numbers_of_keypoints_are_refused() -> None:
+    gt = pointed_truth(annotation(0, 3, (10, 10, 40, 40)))
+    wrong = {**result(0, 3, (10, 10, 40, 40), 0.9), "keypoints": [1.0, 2.0, 0.5]}
+    with pytest.raises(ValueError, match=r"image 0 has 3 keypoint numbers, but category 3 has 9"):
+        evaluate_coco(gt, [wrong])
+
+
+def test_coco_results_have_what_the_model_finds() -> None:
+    boxes, points = torch.tensor([[10.0, 20.0, 50.0, 80.0]] * 3), torch.arange(27.0).reshape(3, 3, 3)
+    found = Detections(boxes, torch.tensor([1, 2, 3]), torch.tensor([0.9, 0.8, 0.7]), (100, 200), keypoints=points)
+    entries = coco_results(9, found, CATS_WITH_POINTS)
+    assert [entry.get("keypoints") for entry in entries] == [list(range(9)), [9, 10, 11], None]
+    assert all("segmentation" not in entry for entry in entries)
+    unnamed = coco_results(9, found, CATEGORIES)
+    assert [len(entry["keypoints"]) for entry in unnamed] == [9, 9, 9]

@@ -1,37 +1,70 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
 
 from mrcnn.matching import IGNORED, NEGATIVE, POSITIVE, match, priorities, sample
+from mrcnn.structures import RunLengthMasks, Targets
 
 THRESHOLDS = {"positive_iou": 0.7, "negative_iou": 0.3}
 
 
+def objects(boxes: Tensor, labels: Tensor, iscrowd: Tensor | None = None) -> Targets:
+    """Targets of (B, N, 4) boxes without masks."""
+    crowd = torch.zeros_like(labels, dtype=torch.bool) if iscrowd is None else iscrowd
+    masks = RunLengthMasks(torch.zeros(0, dtype=torch.int32), torch.zeros(labels.numel() + 1, dtype=torch.int64))
+    return Targets(boxes, labels, crowd, masks, torch.arange(len(labels)))
+
+
 def test_kinds_by_iou_and_the_best_of_an_object() -> None:
     gt = torch.tensor([[0.0, 0, 10, 10], [100, 100, 110, 110]])
-    candidates = torch.tensor([[0.0, 0, 10, 9], [0, 0, 10, 5], [50, 50, 60, 60], [100, 100, 120, 120]])
-    labels, crowd = torch.tensor([1, 2]), torch.tensor([False, False])
-    idxs, kinds = match(candidates, gt, labels, crowd, keep_best=True, **THRESHOLDS)
+    candidates = torch.tensor([[[0.0, 0, 10, 9], [0, 0, 10, 5], [50, 50, 60, 60], [100, 100, 120, 120]]])
+    targets = objects(gt[None], torch.tensor([[1, 2]]))
+    idxs, kinds = match(candidates, targets, keep_best=True, **THRESHOLDS)
     # IoU 0.9; 0.5; none; 0.25, but the second object's best
-    assert kinds.tolist() == [POSITIVE, IGNORED, NEGATIVE, POSITIVE]
-    assert idxs[[0, 1, 3]].tolist() == [0, 0, 1]
-    _, kinds = match(candidates, gt, labels, crowd, keep_best=False, **THRESHOLDS)
-    assert kinds.tolist() == [POSITIVE, IGNORED, NEGATIVE, NEGATIVE]
+    assert kinds.tolist() == [[POSITIVE, IGNORED, NEGATIVE, POSITIVE]]
+    assert idxs[0, [0, 1, 3]].tolist() == [0, 0, 1]
+    _, kinds = match(candidates, targets, keep_best=False, **THRESHOLDS)
+    assert kinds.tolist() == [[POSITIVE, IGNORED, NEGATIVE, NEGATIVE]]
 
 
 def test_padding_and_absence_of_objects_make_negatives() -> None:
-    candidates = torch.tensor([[0.0, 0, 10, 10], [5, 5, 9, 9]])
+    candidates = torch.tensor([[[0.0, 0, 10, 10], [5, 5, 9, 9]]])
     for n in (0, 3):
-        padding = torch.zeros(n, 4), torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.bool)
-        _, kinds = match(candidates, *padding, keep_best=True, **THRESHOLDS)
-        assert kinds.tolist() == [NEGATIVE, NEGATIVE]
+        padding = objects(torch.zeros(2, n, 4), torch.zeros(2, n, dtype=torch.int64))
+        _, kinds = match(candidates, padding, keep_best=True, **THRESHOLDS)
+        assert kinds.tolist() == [[NEGATIVE, NEGATIVE]] * 2
 
 
 def test_a_crowd_is_neither_matched_nor_background() -> None:
-    gt = torch.tensor([[0.0, 0, 50, 50]])
-    candidates = torch.tensor([[0.0, 0, 50, 50], [10, 10, 20, 20], [40, 40, 90, 90]])
-    _, kinds = match(candidates, gt, torch.tensor([1]), torch.tensor([True]), keep_best=True, **THRESHOLDS)
-    assert kinds.tolist() == [IGNORED, IGNORED, NEGATIVE]
+    crowd = objects(torch.tensor([[[0.0, 0, 50, 50]]]), torch.tensor([[1]]), torch.tensor([[True]]))
+    candidates = torch.tensor([[[0.0, 0, 50, 50], [10, 10, 20, 20], [40, 40, 90, 90]]])
+    _, kinds = match(candidates, crowd, keep_best=True, **THRESHOLDS)
+    assert kinds.tolist() == [[IGNORED, IGNORED, NEGATIVE]]
+
+
+@pytest.mark.parametrize("chunk", [1, 3000, 1 << 25], ids=["one object at a time", "some", "all at once"])
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_matches_as_torchvision_whatever_the_chunks(
+    chunk: int, keep_best: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mrcnn.matching.CHUNK_OVERLAPS", chunk)
+    generator = torch.Generator().manual_seed(0)
+
+    def boxes(*shape: int) -> Tensor:
+        corner = torch.rand(*shape, 2, generator=generator) * 90
+        return torch.cat([corner, corner + torch.rand(*shape, 2, generator=generator) * 40 + 1], dim=-1)
+
+    targets, candidates = objects(boxes(2, 9), torch.ones(2, 9, dtype=torch.int64)), boxes(2, 400)
+    idxs, kinds = match(candidates, targets, keep_best=keep_best, **THRESHOLDS)
+    for i in range(2):
+        theirs = Matcher(0.7, 0.3, allow_low_quality_matches=keep_best)(box_iou(targets.boxes[i], candidates[i]))
+        expected = torch.where(theirs >= 0, POSITIVE, torch.where(theirs == -1, NEGATIVE, IGNORED))
+        assert torch.equal(kinds[i], expected)
+        assert torch.equal(idxs[i][theirs >= 0], theirs[theirs >= 0])
 
 
 def test_priorities_depend_on_the_images_seed_alone() -> None:

@@ -197,8 +197,8 @@ def test_damaged_models_are_refused(tmp_path: Path) -> None:
         load_model(tmp_path)
     save_model(small_model(), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    save_file({k: v for k, v in state.items() if k != "rpn.conv.weight"}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"1 tensors are missing \['rpn\.conv\.weight'\]"):
+    save_file({k: v for k, v in state.items() if k != "rpn.convs.0.weight"}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 tensors are missing \['rpn\.convs\.0\.weight'\]"):
         load_model(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read as weights"):

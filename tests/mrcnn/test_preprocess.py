@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from mrcnn.preprocess import batch_images, normalize, resize_image, resized_size
+from mrcnn.config import InputConfig
+from mrcnn.preprocess import Normalize, batch_images, network_images, resize_image, resized_size
 
 ORACLE = Path(os.environ.get("MRCNN_ORACLE", Path(__file__).parents[3] / "shared/oracle"))
 
@@ -63,13 +65,40 @@ def test_padding_is_zero_after_normalising(picture: np.ndarray) -> None:
     assert batch.pixels.shape == (2, 3, 64, 96)
     assert batch.sizes.tolist() == [[60, 90], [40, 50]]
     mean, std = (100.0, 110.0, 120.0), (50.0, 60.0, 70.0)
-    pixels = normalize(batch, mean, std)
+    pixels = Normalize(InputConfig(mean=mean, std=std))(batch)
     expected = (torch.from_numpy(picture[:40, :50].astype(np.float32)) - torch.tensor(mean)) / torch.tensor(std)
     torch.testing.assert_close(pixels[1, :, :40, :50], expected.permute(2, 0, 1))
     assert pixels[1, :, 40:].abs().sum() == pixels[1, :, :, 50:].abs().sum() == 0
 
 
+def test_bgr_is_what_the_network_sees_of_rgb_images(picture: np.ndarray) -> None:
+    batch, mean, std = batch_images([picture]), (100.0, 110.0, 120.0), (50.0, 60.0, 70.0)
+    rgb = Normalize(InputConfig(mean=mean, std=std))(batch)
+    bgr = Normalize(InputConfig(mean=mean[::-1], std=std[::-1], channels="bgr"))(batch)
+    assert torch.equal(bgr, rgb.flip(1))
+
+
+@pytest.mark.parametrize("size", [(60, 90), (30, 45), (61, 47), (128, 200)])
+def test_bilinear_is_torchvisions_transform(picture: np.ndarray, size: tuple[int, int]) -> None:
+    image = picture[: size[0], : size[1]]
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    transform = GeneralizedRCNNTransform(64, 100, list(mean), list(std))
+    theirs, _ = transform([torch.from_numpy(image).permute(2, 0, 1) / 255])
+    config = InputConfig(
+        shorter_side=64,
+        longer_side=100,
+        resize="bilinear",
+        mean=tuple(255 * x for x in mean),
+        std=tuple(255 * x for x in std),
+    )
+    ours = network_images([image], config)
+    assert [tuple(size) for size in ours.sizes.tolist()] == theirs.image_sizes
+    torch.testing.assert_close(Normalize(config)(ours), theirs.tensors, atol=2e-5, rtol=0)
+
+
 @pytest.mark.skipif(not (ORACLE / "resize_shapes.json").exists(), reason=f"no oracle at {ORACLE}: set MRCNN_ORACLE")
-def test_sizes_are_detectron2s() -> None:
+def test_sizes_are_the_peers() -> None:
     for row in json.loads((ORACLE / "resize_shapes.json").read_text())["table"]:
         assert list(resized_size(*row["hw"], shorter_side=800, longer_side=1333)) == row["detectron2"], row
+        bilinear = resized_size(*row["hw"], shorter_side=800, longer_side=1333, resize="bilinear")
+        assert list(bilinear) == row["torchvision"], row

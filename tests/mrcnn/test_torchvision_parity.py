@@ -15,7 +15,6 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from mrcnn import ImageBatch, MaskRCNN, ModelConfig, RunLengthMasks, Targets
-from mrcnn.preprocess import normalize
 from mrcnn.weights import from_torchvision
 
 SIZE = (192, 256)
@@ -44,10 +43,11 @@ def ours(peer: TorchvisionMaskRCNN) -> MaskRCNN:
     config = dataclasses.replace(
         config,
         rpn=dataclasses.replace(config.rpn, round_anchors=True),
-        roi=dataclasses.replace(config.roi, aligned=False, binary_mask_targets=False),
+        roi=dataclasses.replace(config.roi, aligned=False),
+        mask=dataclasses.replace(config.mask, binary_targets=False),
     )
     model = MaskRCNN(config)
-    model.load_state_dict(from_torchvision(peer.state_dict()))
+    model.load_state_dict(from_torchvision(peer.state_dict()).state)
     return model.eval()
 
 
@@ -100,14 +100,14 @@ def run_lengths(masks: np.ndarray) -> RunLengthMasks:
 
 
 def peer_input(ours: MaskRCNN, images: ImageBatch) -> ImageList:
-    return ImageList(normalize(images, ours.config.input.mean, ours.config.input.std), [SIZE, SIZE])
+    return ImageList(ours.normalize(images), [SIZE, SIZE])
 
 
 @torch.no_grad()
 def test_proposals(peer: TorchvisionMaskRCNN, ours: MaskRCNN, images: ImageBatch) -> None:
     inputs = peer_input(ours, images)
     expected, _ = peer.rpn(inputs, peer.backbone(inputs.tensors))
-    found, _ = ours.rpn(ours.features(images), images.sizes)
+    found, _ = ours.propose(images)
     for i in range(2):
         boxes = found.boxes[i][found.valid[i]]
         assert boxes.shape == expected[i].shape
@@ -146,7 +146,7 @@ def test_losses(
         return torch.arange(count, 0, -1).expand(len(seeds), -1)
 
     monkeypatch.setattr("mrcnn.rpn.priorities", lowest_first)
-    monkeypatch.setattr("mrcnn.roi_heads.priorities", lowest_first)
+    monkeypatch.setattr("mrcnn.roi_sampling.priorities", lowest_first)
     inputs = peer_input(ours, images)
     targets, peer_targets = truth
     peer.train()

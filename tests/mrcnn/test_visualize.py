@@ -8,7 +8,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from mrcnn.structures import Category, Detections
-from mrcnn.visualize import MIN_SIDE, class_color, draw_detections, draw_instances
+from mrcnn.visualize import LEFT, MIN_SIDE, RIGHT, class_color, draw_detections, draw_instances
 
 CATEGORIES = (Category(3, "cat"), Category(7, "a rather long name"), Category(9, "yak"))
 
@@ -120,3 +120,43 @@ def test_classes_have_colors_of_their_own() -> None:
     colors = {class_color(label) for label in range(1, 91)}
     assert len(colors) == 90
     assert max(max(color) for color in colors) <= 255
+
+
+ARMS = ("nose", "left_elbow", "left_wrist", "right_wrist")
+PERSON = (Category(1, "person", ARMS),)
+
+
+def color_at(picture: np.ndarray, x: int, y: int) -> tuple[int, ...]:
+    return tuple(picture[y, x].tolist())
+
+
+def test_keypoints_and_coco_limbs_of_annotations() -> None:
+    points = [200, 100, 2, 100, 200, 2, 100, 300, 1, 0, 0, 0]
+    one = instance(1, [50, 50, 350, 350], None) | {"keypoints": points}
+    picture = draw_instances(gray(600, 800), [one], PERSON)
+    assert color_at(picture, 200, 100) == class_color(1)
+    assert color_at(picture, 100, 200) == LEFT
+    assert color_at(picture, 100, 250) == LEFT  # the limb
+    assert color_at(picture, 100, 300) == (0, 0, 0)  # hidden: a ring
+    assert not changed(picture)[:40, :40].any()  # not annotated: no limb to its zeros, either
+    hidden = draw_instances(gray(600, 800), [one | {"keypoints": None}], PERSON)
+    assert not changed(hidden)[180:320, 90:110].any()
+
+
+def test_keypoints_of_detections_without_masks() -> None:
+    points = torch.tensor([[[200.0, 100, 0.9], [100, 200, 0.9], [100, 300, 0.01], [300, 300, 0.9]]])
+    found = Detections(
+        boxes=torch.tensor([[50.0, 50, 350, 350]]),
+        labels=torch.tensor([1]),
+        scores=torch.tensor([0.9]),
+        image_size=(600, 800),
+        keypoints=points,
+    )
+    picture = draw_detections(gray(600, 800), found, PERSON)
+    assert color_at(picture, 300, 300) == RIGHT
+    assert not changed(picture)[230:320, 90:110].any()  # not sure enough, and so is its limb
+    sure = draw_detections(gray(600, 800), found, PERSON, keypoint_threshold=0.0)
+    assert color_at(sure, 100, 300) == color_at(sure, 100, 250) == LEFT
+    assert not changed(picture)[150:180, 250:340].any()  # the box is empty: there is no mask
+    unnamed = draw_detections(gray(600, 800), found, (Category(1, "person"),))
+    assert color_at(unnamed, 300, 300) == class_color(1)

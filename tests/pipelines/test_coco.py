@@ -57,6 +57,8 @@ def test_labels_follow_sorted_category_ids(tmp_path: Path) -> None:
         ('{"images": [{}], "categories": [{"id": "x"}]}', "category"),
         ('{"images": [{}], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "twice"),
         ('{"images": [{}], "categories": [{"id": 1, "name": "a"}], "annotations": 3}', "not a list"),
+        ('{"images": [{}], "categories": [{"id": 1, "name": "a", "keypoints": 17}]}', "no list of differing names"),
+        ('{"images": [{}], "categories": [{"id": 1, "name": "a", "keypoints": ["x", "x"]}]}', "no list of differing"),
     ],
 )
 def test_what_is_not_coco_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -107,6 +109,26 @@ def test_bad_annotations_are_rejected(tmp_path: Path, bad: Any, reason: str) -> 
     assert reject.reason.startswith(reason)
 
 
+def test_keypoints_are_as_many_as_their_category_names(tmp_path: Path) -> None:
+    categories = [{"id": 7, "name": "seven", "keypoints": ["left_eye", "right_eye"]}, {"id": 3, "name": "three"}]
+    both, none, one = [1, 2, 2, 3, 4, 1], [], [1, 2, 2]
+    annotations = [
+        annotation(1, keypoints=both),
+        annotation(2, keypoints=none),
+        annotation(3, keypoints=one),
+        annotation(4, category_id=3, keypoints=one),
+        annotation(5),
+    ]
+    source = read_coco(coco(tmp_path, annotations=annotations, categories=categories), IMAGES)
+    assert [each.keypoints for each in source.categories] == [(), ("left_eye", "right_eye")]
+    assert [each["id"] for each in source.records[0].annotations] == [1, 2, 4, 5]
+    (reject,) = source.rejected_annotations
+    assert reject.annotation_id == 3
+    assert reject.reason == "keypoints are not those of the category: 3 numbers for 2 keypoints"
+    kept = [to_instance(each, SAME)["keypoints"] for each in source.records[0].annotations]
+    assert kept == [both, None, one, None]
+
+
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
@@ -132,6 +154,10 @@ def test_bad_annotations_are_rejected(tmp_path: Path, bad: Any, reason: str) -> 
         ({"segmentation": {"size": [10, 12], "counts": "\x7f"}}, "run lengths are damaged"),
         ({"keypoints": [1, 2]}, "keypoints are not triples"),
         ({"keypoints": ["a"]}, "keypoints is not a list"),
+        ({"keypoints": 5}, "keypoints is not a list"),
+        ({"keypoints": [1, float("inf"), 2]}, "keypoints is not a list of finite"),
+        ({"keypoints": [1, 2, 3]}, "keypoint visibility is neither 0, 1 nor 2: 3"),
+        ({"keypoints": [1, 2, 0.5]}, "keypoint visibility is neither"),
     ],
 )
 def test_unusable_geometry_has_its_reason(wrong: dict, reason: str) -> None:
@@ -174,6 +200,7 @@ def test_real_files_have_no_rejects(coco100: Path, kind: str) -> None:
     source = read_coco(str(coco100 / f"annotations/{kind}_train2017.json"), open_store(str(coco100 / "train2017")))
     assert len(source.records) == 50
     assert not source.rejected_annotations
+    assert {len(category.keypoints) for category in source.categories} == ({0} if kind == "instances" else {17})
     for record in source.records:
         assert record.height is not None
         assert record.width is not None

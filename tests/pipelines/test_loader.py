@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pickle
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
-from mrcnn.structures import RunLengthMasks
+from mrcnn.config import InputConfig
+from mrcnn.structures import Category, RunLengthMasks
 from pipelines.build import BuildConfig, build
-from pipelines.loader import Batch, Row, ShardDataset, batches, collate, epoch_order, image_seed
+from pipelines.loader import Batch, Row, ShardDataset, batches, collate, epoch_order, image_seed, resize_row
+from pipelines.manifest import Manifest
 from pipelines.rle import bitmap_from_ends, segmentation_ends
 from pipelines.storage import open_store
 
@@ -206,3 +208,102 @@ def test_global_batch_must_be_shared_equally(dataset: ShardDataset) -> None:
 def test_missing_data_set(tmp_path: str) -> None:
     with pytest.raises(FileNotFoundError, match="run `mrcnn build-data`"):
         ShardDataset(f"{tmp_path}/nothing")
+
+
+FISH = (
+    Category(1, "perch", ("left_eye", "mouth", "right_eye")),
+    Category(2, "shark", ("mouth",)),
+    Category(3, "stone"),
+)
+
+
+def swimmer(label: int, keypoints: list[float] | None, *, iscrowd: bool = False) -> dict:
+    box = [1.0, 1.0, 5.0, 5.0]
+    return {"label": label, "box": box, "iscrowd": iscrowd, "segmentation": None, "keypoints": keypoints, "area": 16.0}
+
+
+def aquarium(*instances: dict) -> Row:
+    return Row(1, "1.jpg", np.zeros((8, 10, 3), np.uint8), (8, 10), list(instances))
+
+
+def test_keypoints_are_padded_to_the_most_of_any_category() -> None:
+    first = aquarium(
+        swimmer(1, [2, 3, 2, 9, 7, 1, 5, 6, 0]),  # the last is not annotated, whatever is written there
+        swimmer(2, [4, 5, 2]),
+        swimmer(3, None),
+        swimmer(1, [1, 1, 2, 1, 1, 2, 1, 1, 2], iscrowd=True),
+        swimmer(2, None),
+    )
+    _, targets = collate([first, aquarium()], seeds=[0, 0], flips=[False] * 2, categories=FISH)
+    assert targets.keypoints is not None
+    assert targets.keypoints.dtype == torch.float32
+    assert targets.keypoints.shape == (2, 5, 3, 3)
+    assert targets.keypoints[0, 0].tolist() == [[2, 3, 2], [9, 7, 1], [0, 0, 0]]
+    assert targets.keypoints[0, 1].tolist() == [[4, 5, 2], [0, 0, 0], [0, 0, 0]]
+    assert not targets.keypoints[0, 2:].any()
+    assert not targets.keypoints[1].any()
+    _, without = collate([first], seeds=[0], flips=[True])
+    assert without.keypoints is None
+    _, nothing = collate([aquarium()], seeds=[0], flips=[True], categories=FISH)
+    assert nothing.keypoints is not None
+    assert nothing.keypoints.shape == (1, 0, 3, 3)
+
+
+def test_mirrored_keypoints_change_sides() -> None:
+    row = aquarium(swimmer(1, [2, 3, 2, 9, 7, 1, 0, 0, 0]), swimmer(2, [4, 5, 2]))
+    _, targets = collate([row], seeds=[0], flips=[True], categories=FISH)
+    assert targets.keypoints is not None
+    assert targets.keypoints[0, 0].tolist() == [[0, 0, 0], [0, 7, 1], [7, 3, 2]]
+    assert targets.keypoints[0, 1].tolist() == [[5, 5, 2], [0, 0, 0], [0, 0, 0]]
+
+
+def test_the_pixel_of_a_keypoint_stays_under_it_when_mirrored() -> None:
+    row = aquarium(swimmer(2, [4, 5, 2]))
+    row.image[5, 4] = 255
+    images, targets = collate([row], seeds=[0], flips=[True], categories=FISH)
+    assert targets.keypoints is not None
+    x, y, _ = targets.keypoints[0, 0, 0].int().tolist()
+    assert images.pixels[0, 0, y, x] == 255
+
+
+def test_keypoints_of_toy_data_from_the_file_to_the_batch(ray_cluster: None, tmp_path: str) -> None:
+    from pipelines.toy import KEYPOINTS, make_toy_data
+
+    toy = make_toy_data(f"{tmp_path}/toy", images=3, seed=1, size=64, keypoints=True)
+    config = BuildConfig(toy.images_uri, toy.annotations_uri, f"{tmp_path}/shards", shorter_side=32, longer_side=64)
+    build(config)
+    dataset = ShardDataset(config.out)
+    assert {category.keypoints for category in dataset.categories} == {KEYPOINTS}
+    (batch,) = take(dataset, 1, global_batch=3, flip=1.0)
+    assert batch.targets.keypoints is not None
+    found = batch.targets.keypoints[batch.targets.labels > 0]
+    assert found.shape[1:] == (3, 3)
+    left, right = found[:, 0], found[:, 1]
+    seen = (left[:, 2] > 0) & (right[:, 2] > 0)
+    assert seen.any()
+    assert (left[seen, 0] < right[seen, 0]).all(), "the left end is at the left in a mirrored image, too"
+
+
+def test_manifests_keep_keypoint_names_and_digests_of_those_without(dataset: ShardDataset) -> None:
+    plain = dataset.manifest
+    assert "keypoints" not in plain._content()["categories"][0]
+    named = replace(plain, categories=FISH)
+    assert named.digest != plain.digest
+    assert [set(each) - {"label"} for each in named._content()["categories"]] == [
+        set(asdict(FISH[0])),
+        set(asdict(FISH[0])),
+        {"id", "name"},
+    ]
+    assert Manifest._parse({"digest": named.digest, **named._content()}, "x").categories == FISH
+
+
+def test_torchvisions_resizing_gives_floating_point_pixels(dataset: ShardDataset) -> None:
+    row = dataset.read(0)
+    height, width = row.image.shape[:2]
+    asked = InputConfig(shorter_side=61, longer_side=1000, resize="bilinear")
+    resized = resize_row(row, asked)
+    assert resized.image.dtype == np.float32
+    images, _ = collate([resized], seeds=[0], flips=[True])
+    assert images.pixels.dtype == torch.float32
+    assert min(resized.image.shape[:2]) == 61
+    assert max(resized.image.shape[:2]) == int(max(height, width) * 61 / min(height, width))

@@ -63,6 +63,32 @@ def test_objects_stay_visible_and_shapes_vary() -> None:
     assert smallest > MIN_VISIBLE * 0.5 * (64 / 6 / 2) ** 2
 
 
+def test_keypoints_are_ends_and_centre_and_change_nothing_else(toy_data: ToySummary, tmp_path: Path) -> None:
+    made = make_toy_data(str(tmp_path), images=16, seed=5, size=96, keypoints=True)
+    coco, plain = (json.loads(Path(each.annotations_uri).read_text()) for each in (made, toy_data))
+    name = "images/000000000003.jpg"
+    assert (tmp_path / name).read_bytes() == (Path(toy_data.out) / name).read_bytes()
+    assert not any("keypoints" in each for each in plain["annotations"] + plain["categories"])
+    assert all(each["keypoints"] == ["left_end", "right_end", "centre"] for each in coco["categories"])
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
+    seen = []
+    for annotation, same in zip(coco["annotations"], plain["annotations"], strict=True):
+        points = np.array(annotation["keypoints"]).reshape(-1, 3)
+        assert annotation["num_keypoints"] == (points[:, 2] > 0).sum()
+        assert not points[points[:, 2] == 0].any()
+        seen += points[:, 2].tolist()
+        height, width = sizes[annotation["image_id"]]
+        assert ((points[:, :2] >= 0) & (points[:, :2] <= [width - 1, height - 1])).all()
+        x, y, w, h = annotation["bbox"]
+        if isinstance(annotation["segmentation"], list) and points[:, 2].all():  # nothing covers it
+            assert points[0, 0] == pytest.approx(x - 0.5, abs=2)
+            assert points[1, 0] == pytest.approx(x + w - 0.5, abs=2)
+            assert (points[2, :2] > [x, y]).all()
+            assert (points[2, :2] < [x + w, y + h]).all()
+        assert same == {key: value for key, value in annotation.items() if "keypoints" not in key}
+    assert set(seen) == {0, 1, 2}
+
+
 def test_writes_to_s3(s3: str) -> None:
     toy = make_toy_data(f"{s3}/toy", images=2, seed=1, size=32)
     assert list(open_store(toy.out).list()) == [

@@ -17,15 +17,28 @@ int64_t cuda_version() {
 
 STABLE_TORCH_LIBRARY(mrcnn, m) {
   m.def("cuda_version() -> int");
+  // rule: enum Rule of sampling.h. argmax counts the samples of a bin row by row; -1, or a sample off the map: nothing
+  // receives this output's gradient.
   m.def(
-      "roi_align(Tensor[] features, Tensor rois, Tensor levels, float[] spatial_scales, int output_height, "
-      "int output_width, int sampling_ratio, bool aligned) -> Tensor");
+      "roi_mean(Tensor[] features, Tensor rois, Tensor levels, float[] spatial_scales, int output_height, "
+      "int output_width, int rule, int sampling_ratio) -> Tensor");
   m.def(
-      "roi_align_backward(Tensor grad, Tensor[] features, Tensor rois, Tensor levels, float[] spatial_scales, "
-      "int sampling_ratio, bool aligned) -> Tensor[]");
+      "roi_mean_backward(Tensor grad, Tensor[] features, Tensor rois, Tensor levels, float[] spatial_scales, "
+      "int rule, int sampling_ratio) -> Tensor[]");
+  m.def(
+      "roi_max(Tensor[] features, Tensor rois, Tensor levels, float[] spatial_scales, int output_height, "
+      "int output_width, int rule, int sampling_ratio) -> (Tensor output, Tensor argmax)");
+  m.def(
+      "roi_max_backward(Tensor grad, Tensor argmax, Tensor[] features, Tensor rois, Tensor levels, "
+      "float[] spatial_scales, int rule, int sampling_ratio) -> Tensor[]");
+  m.def(
+      "precise_roi_grad(Tensor grad, Tensor[] features, Tensor rois, Tensor levels, float[] spatial_scales) "
+      "-> Tensor");
   m.def(
       "rle_roi_align(Tensor ends, Tensor offsets, Tensor rois, Tensor instances, Tensor sizes, int output_size, "
       "int sampling_ratio, bool aligned) -> Tensor");
+  // boxes come sorted, best first, counts of them in each image; returns positions, -1 after the last.
+  m.def("nms(Tensor boxes, Tensor groups, Tensor counts, float iou_threshold, int top_n) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mrcnn, CompositeExplicitAutograd, m) {

@@ -1,4 +1,4 @@
-"""Inputs and comparisons of the RoIAlign tests. Images are 68x48 pixels, the feature map has stride 4."""
+"""Inputs and comparisons of the RoI operators' tests. Images are 68x48 pixels, the feature map has stride 4."""
 
 from __future__ import annotations
 
@@ -44,6 +44,22 @@ DEGENERATE = {
     "just_off_grid": (3.999, 7.999, 31.999, 35.999),
     "one_feature_pixel": (12, 16, 16, 20),
 }
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *(
+        ("roi_align", {"sampling_ratio": ratio, "aligned": aligned, "reduce": reduce})
+        for ratio, aligned, reduce in product((0, 2), (False, True), ("mean", "max"))
+    ),
+    *(
+        ("roi_warp", {"sampling_ratio": ratio, "variant": variant, "reduce": reduce})
+        for ratio, variant, reduce in product((0, 1, 2), ("inclusive", "exclusive"), ("mean", "max"))
+    ),
+    ("roi_warp", {"variant": "mnc"}),
+    ("roi_pool", {}),
+    ("precise_roi_pool", {}),
+]
+"""Every RoI operator in every way it can be called: its name in `mrcnn.ops`, and keywords."""
+VARIANT_NAMES = ["-".join([name, *map(str, call.values())]) for name, call in VARIANTS]
 
 
 def degenerate_rois(images: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,12 +13,28 @@ import torch
 from mrcnn import ops
 from mrcnn.ops import _library
 
+OPERATORS = (
+    "roi_mean",
+    "roi_mean_backward",
+    "roi_max",
+    "roi_max_backward",
+    "precise_roi_grad",
+    "rle_roi_align",
+    "nms",
+)
+
 
 def test_library_has_cuda_kernels_where_nvcc_is():
     if shutil.which("nvcc") is None or torch.version.cuda is None or os.environ.get("MRCNN_CUDA") == "0":
         pytest.skip("no nvcc, a torch without CUDA, or MRCNN_CUDA=0: the operators were built for the CPU only")
     assert ops.cuda_compiled()
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("mrcnn::roi_align", "CUDA")
+    for operator in OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mrcnn::{operator}", "CUDA"), operator
+
+
+def test_library_has_cpu_kernels():
+    for operator in OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mrcnn::{operator}", "CPU"), operator
 
 
 def test_missing_library_names_the_remedy(tmp_path):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mrcnn import ops
 from mrcnn.ops import reference
+from mrcnn.ops._library import Rule
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -182,19 +183,6 @@ def test_gradient_reaches_only_levels_that_need_it(generator):
     assert trained.grad.abs().sum() > 0
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's
-@pytest.mark.parametrize("operator", ["roi_align", "roi_align_backward"])
-def test_opcheck(generator, operator):
-    pyramid = [torch.randn(2, 3, 6, 7, generator=generator, requires_grad=True) for _ in range(2)]
-    rois, levels = random_rois(5, 2, generator), torch.tensor([0, 1, 0, 1, 1])
-    if operator == "roi_align":
-        args = (pyramid, rois, levels, [0.1, 0.05], 2, 3, 2, True)
-    else:
-        grad = torch.randn(5, 3, 2, 3, generator=generator, requires_grad=True)
-        args = (grad, [level.detach() for level in pyramid], rois, levels, [0.1, 0.05], 2, True)
-    torch.library.opcheck(getattr(torch.ops.mrcnn, operator).default, args)
-
-
 def test_torch_compile_captures_one_graph(generator):
     pyramid = [features_like(generator).requires_grad_(), features_like(generator).requires_grad_()]
     rois, levels = random_rois(6, 2, generator), torch.tensor([0, 1, 0, 1, 0, 1])
@@ -350,9 +338,20 @@ def test_errors_name_argument_value_and_remedy(features, rois, levels, change, m
 
 def test_raw_operator_checks_its_arguments_too():
     levels = torch.zeros(3, dtype=torch.int64)
+    raw, grad = torch.ops.mrcnn, torch.zeros(3, 2, 7, 7)
     with pytest.raises(RuntimeError, match="rois must be float32"):
-        torch.ops.mrcnn.roi_align([MAP], ROIS.double(), levels, [1.0], 7, 7, 2, True)
+        raw.roi_mean([MAP], ROIS.double(), levels, [1.0], 7, 7, Rule.ALIGN, 2)
     with pytest.raises(RuntimeError, match="CPU features must be float32 or float64"):
-        torch.ops.mrcnn.roi_align([MAP.half()], ROIS, levels, [1.0], 7, 7, 2, True)
+        raw.roi_mean([MAP.half()], ROIS, levels, [1.0], 7, 7, Rule.ALIGN, 2)
     with pytest.raises(RuntimeError, match="forward output's shape"):
-        torch.ops.mrcnn.roi_align_backward(torch.zeros(2, 2, 7, 7), [MAP], ROIS, levels, [1.0], 2, True)
+        raw.roi_mean_backward(grad[:2], [MAP], ROIS, levels, [1.0], Rule.ALIGN, 2)
+    with pytest.raises(RuntimeError, match="no rule 7"):
+        raw.roi_mean([MAP], ROIS, levels, [1.0], 7, 7, 7, 2)
+    with pytest.raises(RuntimeError, match="kPool has no mean"):
+        raw.roi_mean([MAP], ROIS, levels, [1.0], 7, 7, Rule.POOL, 2)
+    with pytest.raises(RuntimeError, match="kPrecise has no maximum"):
+        raw.roi_max([MAP], ROIS, levels, [1.0], 7, 7, Rule.PRECISE, 2)
+    with pytest.raises(RuntimeError, match="too many samples in a bin"):
+        raw.roi_max([MAP], ROIS, levels, [1.0], 7, 7, Rule.ALIGN, 1 << 20)
+    with pytest.raises(RuntimeError, match="argmax must have grad's shape"):
+        raw.roi_max_backward(grad, torch.zeros(3, 2, 7, 7), [MAP], ROIS, levels, [1.0], Rule.ALIGN, 2)

@@ -16,6 +16,7 @@ from roi_cases import (
 )
 
 from mrcnn import ops
+from mrcnn.ops._library import Rule
 
 pytestmark = pytest.mark.gpu
 
@@ -141,7 +142,7 @@ def test_cuda_gradcheck_and_opcheck(cuda, generator):
         lambda level: ops.roi_align(level, rois, output_size=2, spatial_scale=0.1, sampling_ratio=0),
         [features],
     )
-    torch.library.opcheck(torch.ops.mrcnn.roi_align.default, ([features], rois, levels, [0.1], 2, 3, 2, True))
+    torch.library.opcheck(torch.ops.mrcnn.roi_mean.default, ([features], rois, levels, [0.1], 2, 3, Rule.ALIGN, 2))
 
 
 def test_cuda_autocast_keeps_the_features_dtype(cuda, generator):

@@ -149,6 +149,7 @@ Tensor rle_roi_align_cpu(
   const auto* roi = static_cast<const float*>(rois.data_ptr());
   check_values(offset, offsets.size(0) - 1, end, ends.size(0), instance, size, rois.size(0));
 
+  const Sampling sampling = align_sampling(aligned, sampling_ratio);
   Tensor output = torch::stable::new_zeros(rois, {rois.size(0), output_size, output_size});
   auto* out = static_cast<float*>(output.data_ptr());
   torch::stable::parallel_for(0, rois.size(0), 1, [&](int64_t first, int64_t last) {
@@ -159,9 +160,9 @@ Tensor rle_roi_align_cpu(
         continue;
       }
       const AxisTaps rows(
-          output_size, make_axis(box[1], box[3], 1.0f, aligned, output_size, sampling_ratio, size[2 * r]));
+          output_size, make_axis(box[1], box[3], 1.0f, output_size, sampling, size[2 * r]));
       const AxisTaps columns(
-          output_size, make_axis(box[0], box[2], 1.0f, aligned, output_size, sampling_ratio, size[2 * r + 1]));
+          output_size, make_axis(box[0], box[2], 1.0f, output_size, sampling, size[2 * r + 1]));
       if (rows.roi.count > 0 && columns.roi.count > 0) {
         pool(runs, rows, columns, out + r * output_size * output_size);
       }

@@ -7,6 +7,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MRCNN_AVX2 __attribute__((target("avx2,fma")))
+#define MRCNN_AVX2_EXACT __attribute__((target("avx2")))  // rounds as the baseline does: no fused multiply-add
 namespace mrcnn {
 inline bool has_avx2() {
   static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -15,6 +16,7 @@ inline bool has_avx2() {
 }  // namespace mrcnn
 #else
 #define MRCNN_AVX2
+#define MRCNN_AVX2_EXACT
 namespace mrcnn {
 inline bool has_avx2() {
   return false;

@@ -6,9 +6,24 @@
 #include <algorithm>
 #include <vector>
 
+#include "../precise.h"
 #include "../sampling.h"
 
 namespace mrcnn {
+
+// The pixels [low, low + count) of the map that a RoI reads along one axis.
+struct Window {
+  int64_t low;
+  int64_t count;
+};
+
+// From low up to high, on to a multiple of `multiple` pixels wherever the map of `size` is wide enough: loops without
+// a remainder.
+inline Window window_of(int64_t low, int64_t high, int64_t size, int64_t multiple) {
+  const int64_t count = std::max<int64_t>(0, high - low);
+  const int64_t rounded = (count + multiple - 1) / multiple * multiple;
+  return rounded <= size ? Window{std::min(low, size - rounded), rounded} : Window{low, count};
+}
 
 // Wy or Wx of sampling.h, without most of its zeros. All bins of a RoI have as many taps (weight 0 fills up), because
 // a loop whose length keeps changing costs more than a few idle multiplications.
@@ -47,13 +62,8 @@ class Taps {
         taps = std::max<int64_t>(taps, static_cast<int64_t>(index_[p].size()));
       }
     }
-    int64_t count = std::max<int64_t>(0, high - low);
-    const int64_t rounded = (count + multiple_ - 1) / multiple_ * multiple_;
-    if (rounded <= axis.size) {
-      count = rounded;
-      low = std::min(low, axis.size - count);
-    }
-    rois.push_back({low, count, taps, static_cast<int64_t>(indices_.size())});
+    const Window window = window_of(low, high, axis.size, multiple_);
+    rois.push_back({window.low, window.count, taps, static_cast<int64_t>(indices_.size())});
     append_bins(rois.back());
   }
 
@@ -67,6 +77,9 @@ class Taps {
   void collect_bin(const Axis<T>& axis, int64_t p) {
     index_[p].clear();
     weight_[p].clear();
+    if (axis.rule == Rule::kPrecise) {
+      return collect_hats(axis, p);
+    }
     const T mean = axis.grid > 0 ? T(1) / static_cast<T>(axis.grid) : T(0);
     int64_t first, last;
     sample_range(axis, p, first, last);
@@ -76,6 +89,14 @@ class Taps {
         add_tap(p, sample.low, sample.low_weight * mean);
         add_tap(p, sample.high, sample.high_weight * mean);
       }
+    }
+  }
+
+  void collect_hats(const Axis<T>& axis, int64_t p) {
+    int64_t first, last;
+    hats_of_bin(axis, p, first, last);
+    for (int64_t pixel = first; pixel < last; ++pixel) {
+      add_tap(p, pixel, hat_weights(axis, p, pixel).mean);
     }
   }
 

@@ -89,14 +89,14 @@ __device__ float column_sum(Cursor& cursor, const Axis<float>& rows, int64_t p, 
 
 __global__ void __launch_bounds__(kThreads) kernel(
     Masks masks, const float* rois, const int64_t* instances, const int64_t* sizes, int64_t count, int64_t bins,
-    int64_t sampling_ratio, bool aligned, float* output) {
+    Sampling sampling, float* output) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += stride) {
     const int64_t q = at % bins, p = at / bins % bins, r = at / (bins * bins);
     const float* roi = rois + 4 * r;
     Cursor cursor = cursor_of(masks, instances[r]);
-    const Axis<float> rows = make_axis(roi[1], roi[3], 1.0f, aligned, bins, sampling_ratio, sizes[2 * r]);
-    const Axis<float> columns = make_axis(roi[0], roi[2], 1.0f, aligned, bins, sampling_ratio, sizes[2 * r + 1]);
+    const Axis<float> rows = make_axis(roi[1], roi[3], 1.0f, bins, sampling, sizes[2 * r]);
+    const Axis<float> columns = make_axis(roi[0], roi[2], 1.0f, bins, sampling, sizes[2 * r + 1]);
     int64_t first, last;
     sample_range(columns, q, first, last);
     float sum = 0.0f;
@@ -134,8 +134,8 @@ Tensor rle_roi_align_cuda(
                     ends.size(0), offsets.size(0) - 1};
   kernel<<<blocks_for(output.numel()), kThreads, 0, current_stream(rois)>>>(
       masks, static_cast<const float*>(rois.data_ptr()), static_cast<const int64_t*>(instances.data_ptr()),
-      static_cast<const int64_t*>(sizes.data_ptr()), output.numel(), output_size, sampling_ratio, aligned,
-      static_cast<float*>(output.data_ptr()));
+      static_cast<const int64_t*>(sizes.data_ptr()), output.numel(), output_size,
+      align_sampling(aligned, sampling_ratio), static_cast<float*>(output.data_ptr()));
   check_launch("rle_roi_align");
   return output;
 }

@@ -1,0 +1,64 @@
+"""Mask targets from run lengths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mrcnn.ops import _library  # noqa: F401  importing it registers torch.ops.mrcnn
+from mrcnn.ops._checks import check_index, check_positive, check_rois, check_tensor
+from mrcnn.structures import RunLengthMasks
+
+
+def rle_roi_align(
+    masks: RunLengthMasks,
+    rois: Tensor,
+    instances: Tensor,
+    sizes: Tensor,
+    *,
+    output_size: int,
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+) -> Tensor:
+    """Mask targets from run lengths: RoIAlign of a binary mask that is never decoded.
+
+    Equals `roi_align` with spatial_scale 1 of the decoded (1, 1, H, W) mask, to float rounding. No gradient.
+
+    Args:
+        masks: run lengths of all instances.
+        rois: (R, 4) float32 xyxy in pixels of the image. R may be 0.
+        instances: (R,) int64, the mask that each RoI reads. One without runs reads as empty.
+        sizes: (R, 2) int64, height and width of the image that this mask lies over.
+        output_size: side of the square output.
+        sampling_ratio: samples per cell along each axis; <= 0 takes as many as the cell is long, rounded up.
+        aligned: pixel centres at half-integer coordinates; see `roi_align`.
+
+    Returns:
+        (R, output_size, output_size) float32 in 0..1: how much of each cell is inside the mask.
+
+    Raises:
+        ValueError: an argument of a wrong shape, dtype or device.
+        RuntimeError: on the CPU, an instance out of range or runs that do not fill their image. On CUDA,
+            where looking would wait for the GPU, the pixels that no run covers read as 0.
+    """
+    device = masks.ends.device
+    check_tensor("masks.ends", masks.ends, shape="(T,)", dims=1, dtype=torch.int32, device=device)
+    check_tensor("masks.offsets", masks.offsets, shape="(I + 1,)", dims=1, dtype=torch.int64, device=device)
+    if masks.offsets.shape[0] == 0:
+        raise ValueError("masks.offsets is empty: give I + 1 offsets, [0] where there are no instances")
+    check_rois(rois, columns=4, device=device)
+    check_index("instances", instances, rois)
+    check_tensor("sizes", sizes, shape="(R, 2)", dims=2, dtype=torch.int64, device=device)
+    if sizes.shape != (rois.shape[0], 2):
+        raise ValueError(f"sizes is {tuple(sizes.shape)} but rois is {tuple(rois.shape)}: give (R, 2), one row a RoI")
+    check_positive("output_size", output_size)
+    return torch.ops.mrcnn.rle_roi_align(
+        masks.ends,
+        masks.offsets,
+        rois.detach().float(),
+        instances,
+        sizes,
+        output_size,
+        sampling_ratio,
+        aligned,
+    )
