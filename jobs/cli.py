@@ -28,7 +28,7 @@ AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLflow's address from MLFLOW_TRACKI
 RAY_ADDRESS."""
 
 
-def toy_data(out: str, images: int = 600, seed: int = 0, size: int = 128) -> None:
+def toy_data(out: str, images: int = 600, seed: int = 0, size: int = 128, keypoints: bool = False) -> None:
     """Make a COCO-format data set of overlapping shapes, to try everything on.
 
     Args:
@@ -36,10 +36,11 @@ def toy_data(out: str, images: int = 600, seed: int = 0, size: int = 128) -> Non
         images: How many images.
         seed: The same seed makes the same images; take another one for validation.
         size: Shorter side in pixels.
+        keypoints: Annotate keypoints of each shape, too; the images stay the same.
     """
     from pipelines.toy import make_toy_data
 
-    made = make_toy_data(out, images=images, seed=seed, size=size)
+    made = make_toy_data(out, images=images, seed=seed, size=size, keypoints=keypoints)
     print(f"{images} images with {made.instances} objects in {made.seconds:.1f} s: {made.out}")
 
 

@@ -30,7 +30,8 @@ class TrainJob:
     resume: bool = False
     """Go on with a run from its newest checkpoint."""
     weights: str | None = None
-    """Local file to start from: an ImageNet ResNet (torchvision's .pth) or a whole model (.safetensors)."""
+    """Local file to start from: an ImageNet body (torchvision's .pth, detectron2's .pkl) or a whole model (its
+    .safetensors, or torchvision's or detectron2's own file)."""
     experiment: str = "mask-rcnn"
     """MLflow experiment; one for each data set keeps runs comparable."""
 

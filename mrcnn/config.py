@@ -298,9 +298,10 @@ class InputConfig:
     """Pixels of the shorter side after resizing."""
     longer_side: int = 1333
     """Bound of the longer side, which wins over `shorter_side`."""
-    resize: Literal["antialias", "bilinear"] = "antialias"
-    """antialias: 8-bit, as Pillow (detectron2), sizes rounded; bilinear: in floating point without antialiasing, sizes
-    rounded down (torchvision)."""
+    resize: Literal["antialias", "pillow", "bilinear"] = "antialias"
+    """antialias: 8-bit, sizes rounded. pillow: the same by Pillow (detectron2), whose bytes differ by a grey level here
+    and there, at twenty times the cost. bilinear: in floating point, not antialiased, sizes rounded down
+    (torchvision)."""
     channels: Literal["rgb", "bgr"] = "rgb"
     """Order of the channels that the network sees; images are given as RGB always."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)

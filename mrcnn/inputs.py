@@ -98,7 +98,7 @@ def _check_masks(targets: Targets, images: ImageBatch) -> None:
 
 
 def readable(tensor: Tensor) -> bool:
-    """A real tensor in the memory of the host (not one of torch.compile or of FakeTensorMode): looking does not wait."""
+    """A real tensor in the host's memory, not one of torch.compile's or FakeTensorMode's: looking does not wait."""
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

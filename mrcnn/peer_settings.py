@@ -77,7 +77,7 @@ def detectron2_config(
         ),
         mask=replace(found.mask, binary_targets=True, paste="continuous"),
         keypoint=replace(found.keypoint, pixel_offset=0.5, score="probability"),
-        input=replace(pixels or (X101_INPUT if resnext else MSRA_INPUT), size_divisor=1 if c4 else 32),
+        input=replace(pixels or (X101_INPUT if resnext else MSRA_INPUT), resize="pillow", size_divisor=1 if c4 else 32),
     )
 
 

@@ -9,12 +9,13 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from mrcnn.config import InputConfig
 from mrcnn.structures import ImageBatch
 
-Resize = Literal["antialias", "bilinear"]
+Resize = Literal["antialias", "pillow", "bilinear"]
 
 
 def resized_size(
@@ -22,8 +23,8 @@ def resized_size(
 ) -> tuple[int, int]:
     """Height and width after resizing: shorter side as asked, unless the longer one would pass its bound.
 
-    antialias: rounds half up, operation by operation as detectron2 does, whose sizes these are. bilinear: torchvision's
-    sizes, rounded down, by which a side of 305 pixels becomes 799 and not 800.
+    antialias, pillow: rounds half up, operation by operation as detectron2 does, whose sizes these are. bilinear:
+    torchvision's sizes, rounded down, by which a side of 305 pixels becomes 799 and not 800.
     """
     if resize == "bilinear":
         factor = min(shorter_side / min(height, width), longer_side / max(height, width))
@@ -40,10 +41,13 @@ def resize_image(image: np.ndarray, height: int, width: int, resize: Resize = "a
     """(h, w, 3) uint8 -> (height, width, 3).
 
     antialias: uint8, antialiased bilinear, within 1/255 (mean) and 3/255 of Pillow's: by torch's uint8 kernel where a
-    side shrinks, by OpenCV's, faster and the same filter, where none does. bilinear: float32 0..255, not antialiased.
+    side shrinks, by OpenCV's, faster and the same filter, where none does. pillow: Pillow's own bytes. bilinear:
+    float32 0..255, not antialiased.
     """
     if image.shape[:2] == (height, width):
-        return image if resize == "antialias" else image.astype(np.float32)
+        return image.astype(np.float32) if resize == "bilinear" else image
+    if resize == "pillow":
+        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     if resize == "antialias" and height >= image.shape[0] and width >= image.shape[1]:
         return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
     # NCHW with channels-last strides takes torch's uint8 kernel without a copy

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import oracle
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from mrcnn import Detections, ImageBatch, MaskRCNN
-from mrcnn.preprocess import batch_images, network_images
+from mrcnn.preprocess import network_images
 from mrcnn.roi_heads import BoxResult
 
 Arrays = Mapping[str, np.ndarray]
@@ -88,32 +87,23 @@ def is_torchvision(name: str) -> bool:
     return name.startswith("tv_")
 
 
-def peer_batch(name: str, model: MaskRCNN, ids: list[str], arrays: Arrays, prefix: str = "") -> ImageBatch:
-    """The input that the peer had: resized by Pillow for detectron2, whose uint8 resampling ours only comes near."""
-    if is_torchvision(name):
-        return network_images([oracle.image(i) for i in ids], model.config.input)
-    resized = []
-    for i in ids:
-        height, width = arrays[f"{prefix}{i}/resized_hw"].tolist()
-        pixels = Image.fromarray(oracle.image(i)).resize((width, height), Image.Resampling.BILINEAR)
-        resized.append(np.asarray(pixels))
-    return batch_images(resized, size_divisor=model.config.input.size_divisor)
+def network_batch(model: MaskRCNN, ids: list[str]) -> ImageBatch:
+    """Images of the oracle as the network sees them, by the product's own preprocessing."""
+    return network_images([oracle.image(i) for i in ids], model.config.input)
 
 
-def compare_input(check: Comparison, model: MaskRCNN, image_id: str, batch: ImageBatch, index: int = 0) -> None:
-    """Sizes, the normalised tensor, and our own resizing against Pillow's."""
+def compare_input(check: Comparison, model: MaskRCNN, batch: ImageBatch, index: int = 0) -> None:
+    """Sizes, the resized bytes that detectron2 had, and the normalised tensor."""
     check.equal("resized_hw", batch.sizes[index].tolist())
     check.equal("padded_hw", list(batch.pixels.shape[-2:]))
     check.tensor("input", model.normalize(batch)[index], 1e-4)
-    own = network_images([oracle.image(image_id)], model.config.input)
-    check.equal("resized_hw", own.sizes[0].tolist())
     if "input_uint8_sample" in check.stored:
         height, width = batch.sizes[index].tolist()
-        pixels = own.pixels[0, :, :height, :width].flip(0)  # BGR
+        pixels = batch.pixels[index, :, :height, :width].flip(0)  # BGR
         expected, shape = check.array("input_uint8_sample"), tuple(check.stored["input_uint8_shape"])
         places = torch.arange(len(expected)) * pixels.numel() // len(expected)
         found = (pixels if shape[0] == 3 else pixels.permute(1, 2, 0)).flatten()[places]
-        check.values("our resizing, grey levels", found.float(), expected, 3.0)
+        check.values("input_uint8", found.float(), expected, 0.0)
 
 
 def compare_features(check: Comparison, model: MaskRCNN, batch: ImageBatch) -> list[Tensor]:
@@ -225,7 +215,9 @@ def compare_keypoints(check: Comparison, found: Tensor, matched: Tensor, offset:
     far = float((away > 0.5).float().mean())
     check.note("keypoints over 0.5 px away", float(away.median()), far, 0.01, "share")
     near = away <= 0.5
-    check.values("keypoint scores", found[..., 2][near], scores[near], 2e-2, std=float(scores.std()))
+    # heatmaps follow their box: between float32 and float64, which move boxes by 0.06 px, peaks change by 0.03 std
+    limit = 0.1 if check.key.startswith("f64/") else 0.02
+    check.values("keypoint scores", found[..., 2][near], scores[near], limit, std=float(scores.std()))
 
 
 def labels_of(check: Comparison) -> Tensor:
@@ -275,8 +267,8 @@ def _rois(boxes: Tensor) -> Tensor:
 def compare_image(name: str, model: MaskRCNN, arrays: Arrays, image_id: str, *, whole: bool) -> list[Difference]:
     """Everything about one image alone in its batch."""
     check = Comparison(name, arrays, f"{image_id}/")
-    batch = peer_batch(name, model, [image_id], arrays)
-    compare_input(check, model, image_id, batch)
+    batch = network_batch(model, [image_id])
+    compare_input(check, model, batch)
     features = compare_features(check, model, batch)
     proposals, _ = model.propose(batch, features=features)
     compare_proposals(check, proposals.boxes[0][proposals.valid[0]])
@@ -290,7 +282,7 @@ def compare_image(name: str, model: MaskRCNN, arrays: Arrays, image_id: str, *, 
 @torch.inference_mode()
 def compare_batch(name: str, model: MaskRCNN, arrays: Arrays, prefix: str, ids: list[str]) -> list[Difference]:
     """Images that share a batch (or one alone in a variant, stored without intermediate tensors)."""
-    batch = peer_batch(name, model, ids, arrays, prefix)
+    batch = network_batch(model, ids)
     features = model.features(batch)
     proposals, _ = model.propose(batch, features=features)
     boxes = model.roi_heads.detect(features, proposals, batch.sizes)
@@ -298,7 +290,7 @@ def compare_batch(name: str, model: MaskRCNN, arrays: Arrays, prefix: str, ids: 
     differences = []
     for index, image_id in enumerate(ids):
         check = Comparison(name, arrays, f"{prefix}{image_id}/")
-        compare_input(check, model, image_id, batch, index)
+        compare_input(check, model, batch, index)
         for level, feature in enumerate(features, start=2):
             if f"P{level}_shape" in check.stored:
                 check.tensor(f"P{level}", feature[index], 1e-4)

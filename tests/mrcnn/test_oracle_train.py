@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import run_ends
-from oracle_eval import is_torchvision, peer_batch
+from oracle_eval import is_torchvision, network_batch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -132,8 +132,7 @@ def batch_of(case: Case, model: MaskRCNN) -> ImageBatch:
     """What the peer's network saw; torchvision's keypoint model drew 704 as its shorter side."""
     if case.name == TV_KEYPOINT:
         return network_images([oracle.image(i) for i in case.ids], replace(model.config.input, shorter_side=704))
-    arrays = oracle.read_npz(f"{case.name}_eval.npz")
-    return peer_batch(case.name, model, list(case.ids), arrays)
+    return network_batch(model, list(case.ids))
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,12 @@ def test_resizes_as_pillow(picture: np.ndarray, size: tuple[int, int]) -> None:
     check_against_pillow((picture * 0.8 + noise).astype(np.uint8), size)
 
 
+@pytest.mark.parametrize("size", [(30, 45), (17, 80), (120, 40), (60, 90), (200, 301)])
+def test_pillow_is_pillow_to_the_byte(picture: np.ndarray, size: tuple[int, int]) -> None:
+    theirs = Image.fromarray(picture).resize(size[::-1], Image.Resampling.BILINEAR)
+    assert np.array_equal(resize_image(picture, *size, "pillow"), np.asarray(theirs))
+
+
 @pytest.mark.coco100
 @pytest.mark.parametrize("shorter", [160, 800])
 def test_resizes_real_images_as_pillow(coco100: Path, shorter: int) -> None:

@@ -70,6 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "mask.paste": "padded",
         "input.resize": "bilinear",
     },
+    "sync bn": {"backbone.norm": "sync_bn"},
     "legacy boxes": {"rpn.box_coding": "legacy", "roi.box_coding": "legacy"},
 }
 
