@@ -89,6 +89,7 @@ def train_step(sizes: Sizes, device: torch.device) -> list[Case]:
 
 def _train_case(objects: int, sizes: Sizes, device: torch.device) -> Case:
     ours, peer = _models(sizes, device)
+    peer.transform._skip_resize = True  # our batch has the network's size already
     bounds = ours.config.input
     size = resized_size(
         *sizes.image, shorter_side=bounds.shorter_side, longer_side=bounds.longer_side, resize=bounds.resize

@@ -73,7 +73,7 @@ def train(
 
 
 def evaluate(model: str, data: str, out: str | None = None, cpus: int | None = None) -> None:
-    """Measure a model on validation shards: COCO's twelve numbers for boxes and for masks.
+    """Measure a model on validation shards: COCO's numbers for boxes, and for the masks and keypoints that it finds.
 
     Args:
         model: A model's folder or models:/NAME@ALIAS.
@@ -160,6 +160,8 @@ def convert_weights(
         options: dict[str, Any] = {"classes": classes, "norm_eps": norm_eps, "stride_in_1x1": stride_in_1x1}
         print(convert_from(from_, in_, out, **options))
     elif to is not None:
+        if (classes, norm_eps, stride_in_1x1) != ("all", None, None):
+            raise ValueError("--classes, --norm-eps and --stride-in-1x1 belong to --from: leave them out with --to")
         print(convert_to(to, in_, out))
 
 

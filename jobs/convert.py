@@ -44,6 +44,7 @@ def convert_from(
         FileNotFoundError: if there is no such file.
         ValueError: if it is not understood, or `out` is a file.
     """
+    _refuse_uris(file, out)
     _refuse(Path(out).is_file(), f"{out} is a file: give the folder for the model")
     state = read_state(file)
     try:
@@ -69,6 +70,7 @@ def convert_to(peer: Peer, folder: str, out: str) -> Conversion:
         FileNotFoundError: if there is no model.
         ValueError: if the peer has no such model, or `out` is a folder.
     """
+    _refuse_uris(folder, out)
     _refuse(Path(out).is_dir(), f"{out} is a folder: give the .pth file for the weights")
     model = load_model(folder)
     to = to_torchvision if peer == "torchvision" else to_detectron2
@@ -94,12 +96,14 @@ def architecture_line(config: ModelConfig) -> str:
 def settings_lines(config: ModelConfig) -> tuple[str, ...]:
     """What was taken for granted of a peer's model beside its tensors."""
     given, body = config.input, config.backbone
-    stride = "the 1x1" if body.stride_in_1x1 else "the 3x3"
-    return (
+    pixels = (
         f"input: {given.channels.upper()}, mean {given.mean}, std {given.std}, shorter side {given.shorter_side}, "
-        f"longer at most {given.longer_side}, {given.resize}",
-        f"bottlenecks halve the resolution in {stride} convolution",
+        f"longer at most {given.longer_side}, {given.resize}"
     )
+    if body.name in ("resnet18", "resnet34"):  # their blocks have no 1x1 convolution to stride in
+        return (pixels,)
+    stride = "the 1x1" if body.stride_in_1x1 else "the 3x3"
+    return (pixels, f"bottlenecks halve the resolution in {stride} convolution")
 
 
 def _from(
@@ -116,6 +120,11 @@ def _from(
     _refuse(norm_eps is not None, "norm_eps is torchvision's: leave it out for detectron2, which has 1e-5")
     _refuse(classes != "all", "classes is torchvision's: leave it out for detectron2, whose classes are all used")
     return from_detectron2(state, stride_in_1x1=stride_in_1x1)
+
+
+def _refuse_uris(*paths: str) -> None:
+    for path in paths:
+        _refuse("://" in path, f"{path} is a URI, but weights are converted between local files: copy it first")
 
 
 def _refuse(wrong: bool, message: str) -> None:

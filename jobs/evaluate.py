@@ -88,19 +88,23 @@ def evaluate(model: str, data: str, out: str | None = None) -> EvaluationSummary
 
 
 def check_categories(model: MaskRCNN, name: str, dataset: ShardDataset) -> None:
-    """Raise ValueError unless a label means the same to both, and so does a keypoint, if the model finds any."""
-    finds_keypoints = model.config.keypoint.num_keypoints > 0
+    """Raise ValueError unless the model knows every category of the data, with its keypoints if it finds any.
 
-    def meaning(category: Category) -> str:
-        points = f" ({', '.join(category.keypoints)})" if finds_keypoints and category.keypoints else ""
-        return f"{category.id} {category.name}{points}"
-
-    ours, theirs = ([meaning(each) for each in x.categories] for x in (model, dataset))
-    if ours != theirs:
+    It may know more: torchvision's models have ten that COCO never uses. What it finds of those does not count.
+    """
+    with_keypoints = model.config.keypoint.num_keypoints > 0
+    ours, theirs = (meanings(x.categories, with_keypoints=with_keypoints) for x in (model, dataset))
+    if not set(theirs) <= set(ours):
         raise ValueError(
             f"the model {name} knows the categories {ours}, but {dataset.uri} has {theirs}: "
             "evaluate on data with the model's categories"
         )
+
+
+def meanings(categories: Sequence[Category], *, with_keypoints: bool) -> list[str]:
+    """What labels stand for, in words: ids and names, and the names of keypoints where they matter."""
+    points = [f" ({', '.join(c.keypoints)})" if with_keypoints and c.keypoints else "" for c in categories]
+    return [f"{c.id} {c.name}{names}" for c, names in zip(categories, points, strict=True)]
 
 
 def found_kinds(config: ModelConfig) -> set[Kind]:
@@ -120,6 +124,7 @@ def judge_rows(model: MaskRCNN, dataset: ShardDataset, indices: Iterable[int]) -
     evaluated, or on how many workers.
     """
     judged = []
+    known = {category.id for category in dataset.categories}
     for index in indices:
         row = dataset.read(index)
         (found,) = model.predict([row.image], source_sizes=[row.source_size])
@@ -127,8 +132,12 @@ def judge_rows(model: MaskRCNN, dataset: ShardDataset, indices: Iterable[int]) -
         judged.append(
             JudgedRow(
                 image={"id": row.image_id, "file_name": row.uri, "height": height, "width": width},
-                annotations=[_annotation(row, instance) for instance in row.instances],
-                results=coco_results(row.image_id, found, model.categories),
+                annotations=[_annotation(row, instance, dataset.categories) for instance in row.instances],
+                results=[
+                    result
+                    for result in coco_results(row.image_id, found, model.categories)
+                    if result["category_id"] in known
+                ],
             )
         )
     return judged
@@ -171,7 +180,9 @@ def _judge_in_parallel(files: ModelFiles, dataset: ShardDataset) -> list[JudgedR
     return [JudgedRow(**json.loads(row["row"])) for row in judged.iter_rows()]
 
 
-def _annotation(row: Row, instance: dict[str, Any]) -> dict[str, Any]:
+def _annotation(row: Row, instance: dict[str, Any], categories: Sequence[Category]) -> dict[str, Any]:
+    """As COCO has it. Keypoints of a category that names none are nobody's to find."""
+    named = categories[instance["label"] - 1].keypoints
     stored = (row.image.shape[0], row.image.shape[1])
     source = scale_instance(instance, Scaling(stored, row.source_size))
     x1, y1, x2, y2 = source["box"]
@@ -183,5 +194,5 @@ def _annotation(row: Row, instance: dict[str, Any]) -> dict[str, Any]:
         "area": source["area"],
         "iscrowd": int(source["iscrowd"]),
         "segmentation": segmentation["rle"] or segmentation["polygons"],
-        "keypoints": source["keypoints"] or [],
+        "keypoints": (named and source["keypoints"]) or [],
     }

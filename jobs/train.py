@@ -24,6 +24,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from jobs import tracking
 from jobs.checkpoint import Checkpoints
 from jobs.config import TrainConfig, TrainJob
+from jobs.evaluate import meanings
 from jobs.registry import resolve_model
 from jobs.schedule import PhaseOfRun, phase_uris, phases_of_run
 from jobs.worker import OUTCOME_FILE, Outcome, WorkerSettings, train_worker
@@ -76,6 +77,8 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
         )
     weights = _check_weights(job.weights, config, data)
     use_gpu = _check_cluster(job.workers)
+    if config.model.backbone.norm == "sync_bn" and not use_gpu:
+        raise ValueError("model.backbone.norm is 'sync_bn', which PyTorch has on GPUs only: take gn or bn on CPUs")
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
     phases = [
@@ -135,10 +138,17 @@ def _check_weights(weights: str | None, config: TrainConfig, data: ShardDataset)
 
 
 def _fit_to_data(config: TrainConfig, data: ShardDataset, val_data: ShardDataset) -> TrainConfig:
-    if data.categories != val_data.categories:
-        ours, theirs = ([c.name for c in d.categories] for d in (data, val_data))
+    keypoints = config.model.keypoint.num_keypoints
+    ours, theirs = (meanings(d.categories, with_keypoints=keypoints > 0) for d in (data, val_data))
+    if ours != theirs:
         raise ValueError(
             f"{data.uri} has the categories {ours}, but {val_data.uri} has {theirs}: build both from the same ones"
+        )
+    named = max(len(category.keypoints) for category in data.categories)
+    if keypoints and keypoints != named:
+        raise ValueError(
+            f"model.keypoint.num_keypoints is {keypoints}, but the categories of {data.uri} name {named} keypoints: "
+            "set it to that, or build the shards from annotations that name keypoints"
         )
     if len(val_data) == 0:
         raise ValueError(f"{val_data.uri} holds no images: look at its rejects.parquet")

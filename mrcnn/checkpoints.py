@@ -27,6 +27,8 @@ def read_state(file: str | Path) -> dict[str, Tensor]:
         ValueError: if it cannot be read as weights, or holds anything else than arrays and plain containers.
     """
     file = Path(file)
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder: give the file with the weights, such as its model.safetensors")
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: give a .safetensors, .pth or .pkl file")
     if file.suffix == ".safetensors":
@@ -104,6 +106,8 @@ class _Array:
         self.fill(data, dtype, shape, "F" if in_fortran_order else "C")
 
     def fill(self, data: Any, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> _Array:
+        if not isinstance(data, (bytes, bytearray, memoryview, str)):
+            raise pickle.UnpicklingError("it holds an array without bytes")
         raw = data.encode("latin-1") if isinstance(data, str) else bytes(data)  # Python 2 had no bytes
         array = np.frombuffer(raw, dtype.numpy).reshape(shape, order=order)
         self.numbers = np.array(array, array.dtype.newbyteorder("="), order="C")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 from mrcnn.settings import check_choices, dataclass_from_dict, require
@@ -55,6 +56,8 @@ class BackboneConfig:
             "5 freezes the whole body",
         )
         require(self.fpn_channels > 0, "backbone.fpn_channels", self.fpn_channels, "positive", "the paper has 256")
+        grouped = self.fpn_norm != "gn" or self.fpn_channels % 16 == 0
+        require(grouped, "backbone.fpn_channels", self.fpn_channels, "a multiple of 16 with fpn_norm=gn", "take 256")
         require(self.norm_eps >= 0, "backbone.norm_eps", self.norm_eps, "at least 0", "1e-5 is usual")
         require(
             not self.stride_in_1x1 or self.name not in ("resnet18", "resnet34"),
@@ -107,7 +110,8 @@ class RPNConfig:
     """What both losses are divided by: the anchors that were sampled (torchvision), or batch_size_per_image for every
     image, however few there were (detectron2)."""
     box_coding: BoxCoding = "continuous"
-    """legacy counts a box's last pixel into its width (+1), as Detectron's first weights want it."""
+    """legacy counts a box's last pixel into its width (+1) where boxes are encoded, decoded and clipped, as Detectron's
+    first weights want it."""
 
     def __post_init__(self) -> None:
         check_choices(self, "rpn.")
@@ -128,10 +132,10 @@ class RPNConfig:
             "the paper has 0.3 and 0.7",
         )
         require(
-            0 < self.positive_fraction < 1,
+            0 < self.positive_fraction <= 1,
             "rpn.positive_fraction",
             self.positive_fraction,
-            "between 0 and 1",
+            "in (0, 1]",
             "the paper has 0.5",
         )
         _require_positive(
@@ -143,8 +147,9 @@ class RPNConfig:
             "pre_nms_top_n_test",
             "post_nms_top_n_train",
             "post_nms_top_n_test",
-            "nms_iou",
         )
+        require(0 < self.nms_iou <= 1, "rpn.nms_iou", self.nms_iou, "in (0, 1]", "the paper has 0.7")
+        require(self.min_size >= 0, "rpn.min_size", self.min_size, "at least 0", "0 drops only boxes without area")
         require(self.smooth_l1_beta >= 0, "rpn.smooth_l1_beta", self.smooth_l1_beta, "at least 0", "0 is plain L1")
 
 
@@ -185,7 +190,8 @@ class RoIConfig:
     box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
     """Scales of dx, dy, dw, dh in the regression targets."""
     box_coding: BoxCoding = "continuous"
-    """legacy counts a box's last pixel into its width (+1), as Detectron's first weights want it."""
+    """legacy counts a box's last pixel into its width (+1) where boxes are encoded, decoded and clipped, as Detectron's
+    first weights want it."""
     smooth_l1_beta: float = 1.0 / 9
     """Where the box loss turns from quadratic to linear; 0 is plain L1 (detectron2)."""
     score_threshold: float = 0.05
@@ -205,7 +211,8 @@ class RoIConfig:
             require(0 < getattr(self, name) <= 1, f"roi.{name}", getattr(self, name), "in (0, 1]", "see its default")
         for name in ("box_convs", "box_fcs", "smooth_l1_beta", "min_size", "sampling_ratio"):
             require(getattr(self, name) >= 0, f"roi.{name}", getattr(self, name), "at least 0", "see its default")
-        require(min(self.box_weights) > 0, "roi.box_weights", self.box_weights, "positive", "10, 10, 5, 5 are usual")
+        four = len(self.box_weights) == 4 and min(self.box_weights) > 0
+        require(four, "roi.box_weights", self.box_weights, "four positive numbers", "10, 10, 5, 5 are usual")
         require(
             0 <= self.score_threshold < 1,
             "roi.score_threshold",
@@ -246,7 +253,7 @@ class MaskConfig:
     channels: int = 256
     """Channels of the convolutions."""
     norm: HeadNorm = "none"
-    """Normalisation after each convolution."""
+    """Normalisation after each convolution. bn counts RoIs that are not positive, too: gn does not mix RoIs."""
     class_agnostic: bool = False
     """One mask for all classes instead of one for each."""
     loss: Literal["sigmoid", "softmax"] = "sigmoid"
@@ -321,6 +328,9 @@ class InputConfig:
             "the paper has 800 and 1333",
         )
         require(self.size_divisor > 0, "input.size_divisor", self.size_divisor, "positive", "32 is usual")
+        for name in ("mean", "std"):
+            three = len(getattr(self, name)) == 3 and all(map(isfinite, getattr(self, name)))
+            require(three, f"input.{name}", getattr(self, name), "three numbers", "one for each channel")
         require(min(self.std) > 0, "input.std", self.std, "positive", "pixels are divided by it")
 
 
@@ -345,10 +355,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.num_classes >= 1,
+            isinstance(self.num_classes, int) and self.num_classes >= 1,
             "num_classes",
             self.num_classes,
-            "at least 1",
+            "a whole number of at least 1",
             "it counts classes without background",
         )
         self._check_features()

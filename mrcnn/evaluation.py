@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from faster_coco_eval import COCO
@@ -135,6 +135,8 @@ def coco_evaluations(
     """What `evaluate_coco` takes its numbers from: pycocotools' evaluations, with precision and recall as arrays."""
     _check_known(ground_truth, results)
     kinds = _kinds(results) if kinds is None else kinds
+    _check_arguments(kinds, mask_area)
+    _check_results(ground_truth, results, kinds, mask_area)
     truth = _truth(ground_truth)
     found: dict[Kind, COCOeval] = {}
     if "box" in kinds:
@@ -159,6 +161,35 @@ def _check_known(ground_truth: Mapping[str, Any], results: Sequence[Mapping[str,
             raise ValueError(
                 f"results have {key} {min(unknown)}, which is not among the {len(known)} {table} "
                 "of the ground truth: evaluate against the annotations of the same images"
+            )
+
+
+def _check_arguments(kinds: Collection[Kind], mask_area: str) -> None:
+    for name, values, known in (("kinds", set(kinds), get_args(Kind)), ("mask_area", {mask_area}, ("mask", "box"))):
+        if unknown := values - set(known):
+            raise ValueError(f"{name} has {min(unknown)!r}, but may have {', '.join(known)}: take of these")
+
+
+def _check_results(
+    ground_truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kinds: Collection[Kind], mask_area: str
+) -> None:
+    """What pycocotools would answer with zeros or with a KeyError."""
+    names = [category["name"] for category in ground_truth["categories"]]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two categories have the name {max(names, key=names.count)!r}: give each a name of its own")
+    sizes = {image["id"]: [image["height"], image["width"]] for image in ground_truth["images"]}
+    needs_box = "box" in kinds or ("mask" in kinds and mask_area == "box")
+    for i, result in enumerate(results):
+        box = result.get("bbox", ())
+        if not math.isfinite(result.get("score", math.nan)):
+            raise ValueError(f"results[{i}] has the score {result.get('score')}: give a number")
+        if needs_box and not (len(box) == 4 and all(map(math.isfinite, box)) and min(box[2:]) >= 0):
+            raise ValueError(f"results[{i}] has the bbox {box}: give x, y, width, height of at least 0")
+        size = result["segmentation"]["size"] if "mask" in kinds and "segmentation" in result else None
+        if size is not None and list(size) != sizes[result["image_id"]]:
+            raise ValueError(
+                f"results[{i}] has a mask of size {list(size)}, but image {result['image_id']} is "
+                f"{sizes[result['image_id']]}: give masks of the whole source image"
             )
 
 

@@ -1,10 +1,13 @@
 """Refusals of bad input: a ValueError that names the argument, the value and the remedy.
 
-Types and shapes are checked everywhere. Values are checked where the tensors are on the CPU, which is where batches are
-made: on a GPU, looking at them would make every training step wait.
+Types and shapes are checked everywhere. Values are checked where the tensors are on the CPU: on a GPU, looking at them
+would make every training step wait. So whoever makes batches for a GPU checks them before they go there, as the loader
+of the shards does.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -33,6 +36,25 @@ def check_images(images: ImageBatch) -> None:
         low, high = sizes.numpy().min(initial=1), (sizes.numpy() > tuple(pixels.shape[2:])).any()
         bound = f"1 to {tuple(pixels.shape[2:])}, the padded height and width"
         _check(low >= 1 and not high, "images.sizes", sizes.tolist(), bound, "give sizes before padding")
+
+
+def check_sizes(name: str, sizes: Sequence[Sequence[int]], count: int) -> None:
+    """Raise ValueError unless there is a (height, width) of at least 1 for each of `count` images."""
+    _check(len(sizes) == count, name, f"{len(sizes)} entries", f"{count}", "give one for each image")
+    for i, size in enumerate(sizes):
+        good = len(size) == 2 and min(size) >= 1
+        _check(good, f"{name}[{i}]", tuple(size), "(height, width) of at least 1", "give it in pixels")
+
+
+def check_proposals(boxes: Tensor, scores: Tensor, valid: Tensor, images: ImageBatch) -> None:
+    """Raise ValueError unless proposals are as `Proposals` says and fit the images."""
+    B, P = len(images.pixels), boxes.shape[1] if boxes.dim() == 3 else -1
+    for name, tensor, shape in (("boxes", boxes, (B, P, 4)), ("scores", scores, (B, P)), ("valid", valid, (B, P))):
+        _check(tuple(tensor.shape) == shape, f"proposals.{name}", _shape(tensor), f"{shape}", "pad to P proposals")
+    _check_dtype("proposals.valid", valid, torch.bool)
+    if readable(boxes):
+        finite = bool(np.isfinite(boxes.detach().numpy()).all())
+        _check(finite, "proposals.boxes", "not finite", "finite numbers", "give zeros in the padding")
 
 
 def check_targets(targets: Targets, images: ImageBatch, *, num_classes: int, num_keypoints: int) -> None:

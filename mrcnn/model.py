@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -11,11 +12,22 @@ from torch import Tensor, nn
 from mrcnn.backbone import Backbone
 from mrcnn.boxes import clip_boxes
 from mrcnn.config import ModelConfig
-from mrcnn.inputs import check_image, check_images, check_targets
+from mrcnn.inputs import check_image, check_images, check_proposals, check_sizes, check_targets
 from mrcnn.preprocess import Normalize, network_images
 from mrcnn.roi_heads import BoxResult, RoIHeads
 from mrcnn.rpn import RPN, Proposals
 from mrcnn.structures import Category, Detections, ImageBatch, Targets
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the one it was in, whatever happens."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class MaskRCNN(nn.Module):
@@ -50,7 +62,9 @@ class MaskRCNN(nn.Module):
         Raises:
             ValueError: for images or targets that are not as structures.py describes them.
         """
-        self.check(images, targets)
+        targets = self.check(images, targets)
+        if proposals is not None:
+            check_proposals(proposals.boxes, proposals.scores, proposals.valid, images)
         features = self.features(images)
         rpn_losses: dict[str, Tensor] = {}
         if proposals is None:
@@ -59,7 +73,13 @@ class MaskRCNN(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: ImageBatch, source_sizes: Sequence[tuple[int, int]]) -> list[Detections]:
-        """Detections of each image, in pixels of its source size (height, width) before any resizing."""
+        """Detections of each image, in pixels of its source size (height, width) before any resizing.
+
+        Raises:
+            ValueError: for images that are not as structures.py describes them, or source sizes that do not fit.
+        """
+        check_images(images)
+        check_sizes("source_sizes", source_sizes, len(images.pixels))
         features = self.features(images)
         proposals, _ = self.propose(images, features=features)
         boxes = self.roi_heads.detect(features, proposals, images.sizes)
@@ -73,19 +93,31 @@ class MaskRCNN(nn.Module):
         self, images: ImageBatch, targets: Targets | None = None, *, features: Sequence[Tensor] | None = None
     ) -> tuple[Proposals, dict[str, Tensor]]:
         """Proposals, and with targets the RPN's two losses. features: the detector's, where they are there already."""
-        if self.rpn_backbone is not None:
-            features = self.rpn_backbone(self.normalize(images).contiguous(memory_format=torch.channels_last))
-        elif features is None:
-            features = self.features(images)
+        levels = self._rpn_features(images, features)
         height, width = images.pixels.shape[-2:]
-        found: tuple[Proposals, dict[str, Tensor]] = self.rpn(features, images.sizes, (height, width), targets)
+        found: tuple[Proposals, dict[str, Tensor]] = self.rpn(levels, images.sizes, (height, width), targets)
         return found
 
-    def check(self, images: ImageBatch, targets: Targets) -> None:
-        """Raise ValueError for images or targets that are not as structures.py describes them."""
+    def rpn_losses(self, images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
+        """The RPN's two losses alone, where it is trained apart: no proposals are made."""
+        targets = self.check(images, targets)
+        height, width = images.pixels.shape[-2:]
+        return self.rpn.losses(self._rpn_features(images, None), (height, width), targets)
+
+    def _rpn_features(self, images: ImageBatch, features: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        if self.rpn_backbone is not None:
+            found: list[Tensor] = self.rpn_backbone(
+                self.normalize(images).contiguous(memory_format=torch.channels_last)
+            )
+            return found
+        return self.features(images) if features is None else features
+
+    def check(self, images: ImageBatch, targets: Targets) -> Targets:
+        """The targets, fit for use. Raises ValueError for images or targets that are not as structures.py has them."""
         check_images(images)
         keypoints = self.config.keypoint.num_keypoints
         check_targets(targets, images, num_classes=self.config.num_classes, num_keypoints=keypoints)
+        return targets.with_zero_padding()
 
     @torch.no_grad()
     def detections(
@@ -127,17 +159,14 @@ class MaskRCNN(nn.Module):
         for i, image in enumerate(images):
             check_image(image, f"images[{i}]")
         sizes = [(im.shape[0], im.shape[1]) for im in images] if source_sizes is None else source_sizes
-        if len(sizes) != len(images):
-            raise ValueError(f"source_sizes has {len(sizes)} entries for {len(images)} images: give one each")
+        check_sizes("source_sizes", sizes, len(images))
         device = next(self.parameters()).device
-        was_training = self.training
-        self.eval()
         found: list[Detections] = []
-        for start in range(0, len(images), batch_size):
-            some = slice(start, start + batch_size)
-            batch = network_images(images[some], self.config.input)
-            found += self.detect(batch.to(device, non_blocking=True), sizes[some])
-        self.train(was_training)
+        with evaluating(self):
+            for start in range(0, len(images), batch_size):
+                some = slice(start, start + batch_size)
+                batch = network_images(images[some], self.config.input)
+                found += self.detect(batch.to(device, non_blocking=True), sizes[some])
         return found
 
     def in_source_pixels(

@@ -69,9 +69,11 @@ class RPN(nn.Module):
         anchors = self.anchors(features, image_shape)
         logits, deltas = self.head(features)
         found = self.propose(anchors, logits, deltas, sizes)
-        if targets is None:
-            return found, {}
-        return found, self.losses(torch.cat(anchors), torch.cat(logits, 1), torch.cat(deltas, 1), targets)
+        return found, {} if targets is None else self._losses(anchors, logits, deltas, targets)
+
+    def losses(self, features: Sequence[Tensor], image_shape: tuple[int, int], targets: Targets) -> dict[str, Tensor]:
+        """loss_objectness and loss_rpn_box_reg alone."""
+        return self._losses(self.anchors(features, image_shape), *self.head(features), targets)
 
     def anchors(self, features: Sequence[Tensor], image_shape: tuple[int, int]) -> list[Tensor]:
         """Anchors of each level, (A_l, 4)."""
@@ -116,8 +118,11 @@ class RPN(nn.Module):
             valid=valid,
         )
 
-    def losses(self, anchors: Tensor, logits: Tensor, deltas: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """loss_objectness and loss_rpn_box_reg over the sampled anchors of anchors (A, 4)."""
+    def _losses(
+        self, anchors_of: list[Tensor], logits_of: list[Tensor], deltas_of: list[Tensor], targets: Targets
+    ) -> dict[str, Tensor]:
+        """From anchors and outputs of every level."""
+        anchors, logits, deltas = torch.cat(anchors_of), torch.cat(logits_of, dim=1), torch.cat(deltas_of, dim=1)
         config = self.config
         matched_idxs, kinds = match(
             anchors[None],

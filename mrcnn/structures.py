@@ -9,7 +9,7 @@ T runs of all masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -100,9 +100,13 @@ class Targets:
     """(B, N, keypoints, 3) float32: x, y, visibility (0 not annotated, 1 hidden, 2 visible); None without keypoints"""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {k: None if v is None else v.to(device, non_blocking=non_blocking) for k, v in moved.items()}
         return Targets(**moved)
+
+    def with_zero_padding(self) -> Targets:
+        """The same with zeros in the boxes of padding rows: times a weight of 0, a NaN there would still be one."""
+        return replace(self, boxes=self.boxes.masked_fill((self.labels == 0)[..., None], 0.0))
 
 
 @dataclass(frozen=True)

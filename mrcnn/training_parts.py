@@ -48,8 +48,7 @@ class TrainedPart(nn.Module):
         Raises ValueError as MaskRCNN does, and for a detector without proposals.
         """
         if self.part == "rpn":
-            self.model.check(images, targets)
-            return self.model.propose(images, targets)[1]
+            return self.model.rpn_losses(images, targets)
         if self.part == "detector" and proposals is None:
             raise ValueError("proposals is None, but a detector trained apart needs them: give those of its RPN")
         losses: dict[str, Tensor] = self.model(images, targets, proposals)

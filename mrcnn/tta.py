@@ -15,9 +15,9 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from mrcnn.boxes import clip_boxes
-from mrcnn.inputs import check_image
+from mrcnn.inputs import check_image, check_sizes
 from mrcnn.keypoints import decode_keypoints
-from mrcnn.model import MaskRCNN
+from mrcnn.model import MaskRCNN, evaluating
 from mrcnn.preprocess import network_images, resized_size
 from mrcnn.roi_heads import BoxResult
 from mrcnn.settings import require
@@ -67,23 +67,19 @@ def predict_with_tta(
     for i, image in enumerate(images):
         check_image(image, f"images[{i}]")
     sizes = [(im.shape[0], im.shape[1]) for im in images] if source_sizes is None else source_sizes
-    if len(sizes) != len(images):
-        raise ValueError(f"source_sizes has {len(sizes)} entries for {len(images)} images: give one each")
+    check_sizes("source_sizes", sizes, len(images))
     if config.flip and model.config.keypoint.num_keypoints:
         _check_keypoint_names(model)
-    was_training = model.training
-    model.eval()
-    found = [_predict_one(model, image, config, size) for image, size in zip(images, sizes, strict=True)]
-    model.train(was_training)
-    return found
+    with evaluating(model):
+        return [_predict_one(model, image, config, size) for image, size in zip(images, sizes, strict=True)]
 
 
 def _check_keypoint_names(model: MaskRCNN) -> None:
-    unnamed = [category.name for category in model.categories if not category.keypoints]
-    if unnamed:
+    most = max(len(category.keypoints) for category in model.categories)
+    if most != model.config.keypoint.num_keypoints:
         raise ValueError(
-            f"categories {unnamed[:3]} have no keypoint names, so left and right are not known in mirror images: "
-            "give Category.keypoints, or set flip to False"
+            f"the model finds {model.config.keypoint.num_keypoints} keypoints, but its categories name {most}, so left "
+            "and right are not known in mirror images: give Category.keypoints, or set flip to False"
         )
 
 

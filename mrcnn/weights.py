@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-FORMAT = "mrcnn-1"
+FORMAT = "mrcnn-2"
 
 
 def save_model(model: MaskRCNN, folder: str | Path) -> None:
@@ -109,6 +109,8 @@ def model_from_files(files: Mapping[str, bytes], source: str, *, device: torch.d
     try:
         config, categories = ModelConfig.from_dict(data["model"]), [Category(**c) for c in data["categories"]]
         model = MaskRCNN(config, categories)
+    except ValueError as error:
+        raise ValueError(f"{source}/{CONFIG_FILE}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{source}/{CONFIG_FILE} is damaged ({error!r}): export the model again") from error
     _load_strictly(model, state, f"{source}/{WEIGHTS_FILE}")

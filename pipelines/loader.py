@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from mrcnn.config import InputConfig
+from mrcnn.inputs import check_targets
 from mrcnn.preprocess import batch_images, resize_image, resized_size
 from mrcnn.rpn import Proposals
 from mrcnn.structures import Category, ImageBatch, RunLengthMasks, Targets, mirrored_keypoints
@@ -202,11 +203,21 @@ def _load(
         categories=dataset.categories,
         size_divisor=network_input.size_divisor if network_input else 32,
     )
+    _check(targets, images, dataset, [row.uri for row in rows])
     found = None
     if proposals is not None:
         scalings = [Scaling(_size(before), _size(after)) for before, after in zip(stored, rows, strict=True)]
         found = collate_proposals([proposals.read(i) for i in indices], scalings, flips=flips, top_n=proposals.top_n)
     return Batch(images, targets, tuple(row.image_id for row in rows), found)
+
+
+def _check(targets: Targets, images: ImageBatch, dataset: ShardDataset, uris: list[str]) -> None:
+    """Refuse what no model can learn from, here, where it is on the CPU: on a GPU nobody looks at values."""
+    categories = dataset.categories
+    try:
+        check_targets(targets, images, num_classes=len(categories), num_keypoints=_most_keypoints(categories))
+    except ValueError as error:
+        raise ValueError(f"{dataset.uri}, among {', '.join(uris)}: {error}") from error
 
 
 def _size(row: Row) -> tuple[int, int]:

@@ -25,7 +25,7 @@ class Watched(TorchDispatchMode):
         name = func.overloadpacket.__name__
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         by_mask = name.startswith("index") and any(x.dtype == torch.bool for x in tensors[1:])
-        devices = {x.device.type for x in [*tensors, *tree_leaves(result)] if isinstance(x, Tensor) and x.dim() > 0}
+        devices = {x.device.type for x in [*tensors, *tree_leaves(result)] if isinstance(x, Tensor)}
         if name in WAITING or by_mask or len(devices) > 1:
             self.waits.append(f"{name} on {sorted(devices)}")
         return result

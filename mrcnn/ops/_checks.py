@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ def check_pyramid(pyramid: list[Tensor], scales: list[float]) -> None:
         raise ValueError(f"features has {len(pyramid)} levels: give 1 to {MAX_LEVELS}")
     if len(scales) != len(pyramid):
         raise ValueError(f"spatial_scale has {len(scales)} values for {len(pyramid)} feature levels: give one each")
+    if not all(isfinite(scale) and scale > 0 for scale in scales):
+        raise ValueError(f"spatial_scale is {scales}: give 1 / stride of each level")
     first = pyramid[0]
     for i, level in enumerate(pyramid):
         if level.dim() != 4:
@@ -55,7 +59,7 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def check_positive(name: str, *values: int) -> None:
-    if min(values) < 1:
+    if not values or not all(isinstance(value, int) and value >= 1 for value in values):
         raise ValueError(f"{name} is {'x'.join(map(str, values))}: give at least 1")
 
 

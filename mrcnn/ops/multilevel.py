@@ -33,6 +33,8 @@ def assign_levels(boxes: Tensor, *, strides: Sequence[int], canonical_size: floa
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes is {tuple(boxes.shape)}: give (R, 4): x1, y1, x2, y2")
     check_positive("strides", *strides)
+    if not canonical_size > 0:
+        raise ValueError(f"canonical_size is {canonical_size}: give pixels, 224 as in the paper")
     if len(strides) == 1:
         return torch.zeros(boxes.shape[0], dtype=torch.int64, device=boxes.device)
     finest = strides[0].bit_length() - 1

@@ -88,12 +88,20 @@ def test_a_training_step_has_its_share_of_positives(monkeypatch: pytest.MonkeyPa
     assert TINY.objects <= ours[0] == theirs[0]
 
 
-def test_the_median_counts_and_both_take_turns() -> None:
+def test_the_median_counts_and_both_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    case = Case("turns", lambda: calls.append("ours"), lambda: calls.append("peer"))
-    timing = _measure(case, 3, torch.device("cpu"))
-    assert calls == ["ours", "peer"] * 4  # the first of each warms up
-    assert timing.repeats == 3
+    now = 0.0
+    seconds = iter([100, 200, 1, 5, 2, 50, 60, 6])  # ours and the peer's in turn; the first of each warms up
+
+    def work(who: str) -> None:
+        nonlocal now
+        calls.append(who)
+        now += next(seconds)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    timing = _measure(Case("turns", lambda: work("ours"), lambda: work("peer")), 3, torch.device("cpu"))
+    assert calls == ["ours", "peer"] * 4
+    assert (timing.ours, timing.torchvision, timing.repeats) == (2000, 6000, 3)
 
 
 def test_the_table_and_the_file(tmp_path: Path) -> None:

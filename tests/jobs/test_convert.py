@@ -101,3 +101,18 @@ def test_what_cannot_be_converted_is_refused(
     assert code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--from", "torchvision", "--in", "a.pth", "--out", "s3://bucket/model"), "s3://bucket/model is a URI"),
+        (("--to", "torchvision", "--in", "s3://bucket/model", "--out", "a.pth"), "s3://bucket/model is a URI"),
+        (("--to", "torchvision", "--in", "model", "--out", "a.pth", "--norm-eps", "0"), "belong to --from"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert-weights", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -187,3 +187,21 @@ def test_keypoints_have_to_mean_the_same_only_to_a_model_that_finds_some(pointed
         ValueError, match=r"knows the categories \['1 circle', .*1 circle \(left_end, right_end, centre\)"
     ):
         check_categories(MaskRCNN(replace(KEYPOINTS, num_classes=4), unnamed), "m", pointed)
+
+
+def test_what_a_model_knows_beyond_the_data_does_not_count(pointed: ShardDataset) -> None:
+    """As torchvision's 90 classes, of which COCO uses 80."""
+    more = [Category(99, "unused"), *pointed.categories]
+    torch.manual_seed(0)
+    model = MaskRCNN(replace(SMALL, num_classes=5), more).eval()
+    with torch.no_grad():
+        model.roi_heads.box_head.class_logits.weight.mul_(30)
+    check_categories(model, "m", pointed)
+    rows = judge_rows(model, pointed, range(2))
+    known = {category.id for category in pointed.categories}
+    found = {result["category_id"] for row in rows for result in row.results}
+    assert found
+    assert found <= known
+    metrics_of(rows, pointed.categories, found_kinds(SMALL))
+    with pytest.raises(ValueError, match="evaluate on data with the model's categories"):
+        check_categories(MaskRCNN(replace(SMALL, num_classes=4), [Category(i, str(i)) for i in range(4)]), "m", pointed)

@@ -14,7 +14,7 @@ from jobs.checkpoint import Checkpoints
 from jobs.config import OptimizerConfig, TrainConfig, TrainJob
 from jobs.evaluate import evaluate
 from jobs.train import TrainSummary, train
-from mrcnn import load_model
+from mrcnn import KeypointConfig, load_model
 from pipelines.storage import open_store
 
 CONFIG = TrainConfig(
@@ -114,6 +114,9 @@ def test_what_cannot_work_is_refused_before_anything_starts(whole: TrainSummary,
         train(replace(job, run="odd"), replace(CONFIG, global_batch=3))
     with pytest.raises(FileNotFoundError, match="no-such-shards"):
         train(replace(job, run="lost", data="no-such-shards"), CONFIG)
+    pointing = replace(CONFIG, model=replace(CONFIG.model, keypoint=KeypointConfig(num_keypoints=17)))
+    with pytest.raises(ValueError, match=r"num_keypoints is 17, but the categories of .* name 0 keypoints"):
+        train(replace(job, run="pointing"), pointing)
 
 
 def test_a_loss_that_is_not_finite_fails_the_run_with_its_step(job: TrainJob, tmp_path: Path) -> None:

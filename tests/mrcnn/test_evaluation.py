@@ -321,3 +321,45 @@ def test_coco_results_have_what_the_model_finds() -> None:
     assert all("segmentation" not in entry for entry in entries)
     unnamed = coco_results(9, found, CATEGORIES)
     assert [len(entry["keypoints"]) for entry in unnamed] == [9, 9, 9]
+
+
+def _one_result(**changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    mask = {"size": [10, 20], "counts": mask_utils.encode(np.ones((10, 20), np.uint8, order="F"))["counts"].decode()}
+    truth = {
+        "images": [{"id": 1, "height": 10, "width": 20}],
+        "categories": [{"id": 1, "name": "a"}],
+        "annotations": [
+            {"image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 10], "area": 200, "iscrowd": 0, "segmentation": mask}
+        ],
+    }
+    result = {"image_id": 1, "category_id": 1, "score": 0.5, "bbox": [0, 0, 20, 10], "segmentation": mask, **changes}
+    return truth, [{key: value for key, value in result.items() if value is not None}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"segmentation": {"size": [5, 20], "counts": "T3"}}, r"results\[0\] has a mask of size \[5, 20\].*\[10, 20\]"),
+        ({"bbox": [0, 0, -1, 4]}, r"results\[0\] has the bbox \[0, 0, -1, 4\]"),
+        ({"bbox": [0, float("nan"), 1, 4]}, r"results\[0\] has the bbox .*nan"),
+        ({"bbox": None}, r"results\[0\] has the bbox \(\)"),
+        ({"score": float("nan")}, r"results\[0\] has the score nan"),
+        ({"score": None}, r"results\[0\] has the score None"),
+    ],
+)
+def test_results_that_cannot_be_measured_are_refused(changes: dict[str, Any], words: str) -> None:
+    truth, results = _one_result(**changes)
+    with pytest.raises(ValueError, match=words):
+        evaluate_coco(truth, results, {"box", "mask"})
+
+
+def test_arguments_that_mean_nothing_are_refused() -> None:
+    truth, results = _one_result()
+    assert evaluate_coco(truth, results).mask["AP"] == 1
+    with pytest.raises(ValueError, match="kinds has 'masks', but may have box, mask, keypoints"):
+        evaluate_coco(truth, results, {"masks"})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mask_area has 'bbox', but may have mask, box"):
+        evaluate_coco(truth, results, mask_area="bbox")  # type: ignore[arg-type]
+    twice = {**truth, "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}
+    with pytest.raises(ValueError, match="two categories have the name 'a'"):
+        evaluate_coco(twice, results)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import batch_of, small_model, with_keypoints
+from models import SMALL, batch_of, small_model, with_keypoints
 from torch import Tensor
 
-from mrcnn import ImageBatch, RunLengthMasks, Targets
+from mrcnn import ImageBatch, MaskRCNN, RunLengthMasks, Targets
 from mrcnn.inputs import check_images, check_targets
+from mrcnn.rpn import Proposals
 
 BOXES = [[[10, 10, 60, 70], [50, 20, 110, 60]], [[5, 30, 40, 90]]]
 Change = Callable[[Tensor], Tensor]
@@ -102,6 +103,51 @@ def test_the_model_looks_at_what_it_is_given() -> None:
         small_model()(images, dataclasses.replace(targets, labels=targets.labels + 3))
 
 
+def test_padding_counts_for_nothing() -> None:
+    """Not even where every candidate is sampled, padding rows among them, and they hold NaN."""
+    config = dataclasses.replace(SMALL, roi=dataclasses.replace(SMALL.roi, batch_size_per_image=512))
+    torch.manual_seed(0)
+    model = MaskRCNN(config)
+    images, targets = batch_of(BOXES)
+    spoilt = dataclasses.replace(targets, boxes=put((1, 1), float("nan"))(targets.boxes))
+    clean, same = model(images, targets), model(images, spoilt)
+    assert all(torch.equal(clean[name], same[name]) for name in clean)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"boxes": torch.zeros(1, 5, 4)}, r"proposals.boxes is \(1, 5, 4\), but must be \(2, 5, 4\)"),
+        ({"valid": torch.ones(2, 5, dtype=torch.int64)}, "proposals.valid is torch.int64"),
+        ({"scores": torch.zeros(2, 4)}, r"proposals.scores is \(2, 4\)"),
+        ({"boxes": torch.full((2, 5, 4), torch.nan)}, "proposals.boxes is not finite"),
+    ],
+)
+def test_proposals(change: dict[str, Tensor], words: str) -> None:
+    proposals = Proposals(torch.zeros(2, 5, 4), torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=words):
+        small_model()(*batch_of(BOXES), dataclasses.replace(proposals, **change))
+
+
+def test_detect() -> None:
+    images, _ = batch_of(BOXES)
+    model = small_model().eval()
+    with pytest.raises(ValueError, match=r"images.pixels is \(2, 1, 96, 128\)"):
+        model.detect(dataclasses.replace(images, pixels=images.pixels[:, :1]), [(96, 128)] * 2)
+    with pytest.raises(ValueError, match="source_sizes is 1 entries, but must be 2"):
+        model.detect(images, [(96, 128)])
+    with pytest.raises(ValueError, match=r"source_sizes\[1\] is \(0, 128\)"):
+        model.detect(images, [(96, 128), (0, 128)])
+
+
+def test_a_failed_prediction_leaves_the_mode_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model().train()
+    monkeypatch.setattr(model, "detect", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.predict([np.zeros((9, 9, 3), np.uint8)])
+    assert model.training
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -109,7 +155,7 @@ def test_the_model_looks_at_what_it_is_given() -> None:
         ({"images": [np.zeros((9, 9, 3), np.float32)]}, r"images\[0\] is float32, but must be a uint8 array"),
         ({"images": [np.zeros((0, 9, 3), np.uint8)]}, r"images\[0\] has shape \(0, 9, 3\)"),
         ({"images": [np.zeros((9, 9, 3), np.uint8)], "batch_size": 0}, "batch_size is 0, but must be at least 1"),
-        ({"images": [np.zeros((9, 9, 3), np.uint8)], "source_sizes": []}, "source_sizes has 0 entries for 1 images"),
+        ({"images": [np.zeros((9, 9, 3), np.uint8)], "source_sizes": []}, "source_sizes is 0 entries, but must be 1"),
     ],
 )
 def test_predict(arguments: dict[str, Any], words: str) -> None:

@@ -203,13 +203,13 @@ def test_damaged_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         load_model(tmp_path)
-    for damaged in ('{"format": "mrcnn-1"}', '{"format": "mrcnn-1", "model": {"backbone": "x"}, "categories": []}'):
+    for damaged in ('{"format": "mrcnn-2"}', '{"format": "mrcnn-2", "model": {"backbone": "x"}, "categories": []}'):
         save_model(small_model(), tmp_path)
         (tmp_path / "config.json").write_text(damaged)
-        with pytest.raises(ValueError, match=r"config\.json is damaged|backbone is 'x'"):
+        with pytest.raises(ValueError, match=r"config\.json is damaged|config\.json: backbone is 'x'"):
             load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"format": "other"}')
-    with pytest.raises(ValueError, match=r"not of format 'mrcnn-1'"):
+    with pytest.raises(ValueError, match=r"not of format 'mrcnn-2'"):
         load_model(tmp_path)
 
 

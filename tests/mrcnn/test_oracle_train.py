@@ -99,6 +99,10 @@ def test_losses_and_gradients(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
         assert (ours in losses) == (stored is not None)
         if stored is not None:
             assert losses[ours].item() == pytest.approx(stored, rel=tolerance(case, ours), abs=1e-7), ours
+    if case.name == D2_MASK and not gradients:  # our own mask targets, which differ on outlines
+        monkeypatch.undo()
+        own = float(model(images, targets)["loss_mask"].detach())
+        assert own == pytest.approx(float(losses["loss_mask"]), rel=5e-3)
     if gradients:
         torch.stack(list(losses.values())).sum().backward()
         compare_gradients(case, model, names)

@@ -150,7 +150,7 @@ def test_bad_arguments_are_refused(model: MaskRCNN, image: np.ndarray) -> None:
     config = TTAConfig(scales=(OWN,))
     with pytest.raises(ValueError, match=r"images\[0\] is float64"):
         predict_with_tta(model, [image / 255.0], config)
-    with pytest.raises(ValueError, match="source_sizes has 2 entries for 1 images"):
+    with pytest.raises(ValueError, match="source_sizes is 2 entries, but must be 1"):
         predict_with_tta(model, [image], config, source_sizes=[(1, 1), (2, 2)])
-    with pytest.raises(ValueError, match=r"no keypoint names.*flip to False"):
+    with pytest.raises(ValueError, match=r"its categories name 0, so left.*flip to False"):
         predict_with_tta(MaskRCNN(model.config), [image], config)
