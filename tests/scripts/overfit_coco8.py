@@ -1,6 +1,6 @@
 """Overfit eight real images with the small preset: mask AP on those images has to reach 0.9.
 
-    python tests/overfit_coco8.py OUT [STEPS]
+    python tests/scripts/overfit_coco8.py OUT [STEPS]
 
 Not a test: it takes some twenty minutes on two cores. The images are the eight of coco100's training half whose
 smallest object is largest, without crowds: at 320 pixels, what is smaller than a few feature cells cannot be learnt to
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 IMAGES = 8
-COCO100 = Path(os.environ.get("MRCNN_COCO100", Path(__file__).parents[2] / "shared/data/coco100"))
+COCO100 = Path(os.environ.get("MRCNN_COCO100", Path(__file__).parents[3] / "shared/data/coco100"))
 
 
 def main(out: Path, steps: int) -> None:
