@@ -87,7 +87,7 @@ class MaskRCNN(nn.Module):
 
     def features(self, images: ImageBatch) -> list[Tensor]:
         """Feature levels of the detector."""
-        return list(self.backbone(self.normalize(images).contiguous(memory_format=torch.channels_last)))
+        return self._through(self.backbone, images)
 
     def propose(
         self, images: ImageBatch, targets: Targets | None = None, *, features: Sequence[Tensor] | None = None
@@ -106,11 +106,12 @@ class MaskRCNN(nn.Module):
 
     def _rpn_features(self, images: ImageBatch, features: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if self.rpn_backbone is not None:
-            found: list[Tensor] = self.rpn_backbone(
-                self.normalize(images).contiguous(memory_format=torch.channels_last)
-            )
-            return found
+            return self._through(self.rpn_backbone, images)
         return self.features(images) if features is None else features
+
+    def _through(self, backbone: nn.Module, images: ImageBatch) -> list[Tensor]:
+        pixels = self.normalize(images).contiguous(memory_format=torch.channels_last)
+        return list(backbone(pixels))
 
     def check(self, images: ImageBatch, targets: Targets) -> Targets:
         """The targets, fit for use. Raises ValueError for images or targets that are not as structures.py has them."""

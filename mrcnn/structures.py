@@ -48,11 +48,11 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 class _OnDevice:
-    """`.to(device)` for a dataclass of tensors."""
+    """`.to(device)` for a dataclass of tensors, and of such dataclasses."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         def move(value: Any) -> Any:
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, (Tensor, _OnDevice)) else value
 
         return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
@@ -83,7 +83,7 @@ class RunLengthMasks(_OnDevice):
 
 
 @dataclass(frozen=True)
-class Targets:
+class Targets(_OnDevice):
     """Ground truth of one batch, padded to the largest number N of objects in an image."""
 
     boxes: Tensor
@@ -98,11 +98,6 @@ class Targets:
     """(B,) int64: one seed an image, from (seed, epoch, image id), which alone decides what is sampled from it"""
     keypoints: Tensor | None = None
     """(B, N, keypoints, 3) float32: x, y, visibility (0 not annotated, 1 hidden, 2 visible); None without keypoints"""
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: None if v is None else v.to(device, non_blocking=non_blocking) for k, v in moved.items()}
-        return Targets(**moved)
 
     def with_zero_padding(self) -> Targets:
         """The same with zeros in the boxes of padding rows: times a weight of 0, a NaN there would still be one."""

@@ -15,6 +15,9 @@ from jobs.local_s3 import local_s3, make_bucket
 from pipelines.build import BuildConfig, build
 from pipelines.toy import ToySummary, make_toy_data
 
+# cuBLAS is deterministic only with this, and PyTorch reads it once, at the first product on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 EXIT_STATUS = pytest.StashKey[int]()
 REPOSITORY = Path(__file__).parent.parent
 
@@ -40,6 +43,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(config.stash[EXIT_STATUS])
+
+
+@pytest.fixture(scope="module")
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An empty MLflow for the tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,16 +21,9 @@ from jobs.train import TrainSummary, train
 from pipelines.build import BuildSummary, build
 from pipelines.config import BuildConfig
 
-pytestmark = pytest.mark.coco100
+pytestmark = [pytest.mark.coco100, pytest.mark.usefixtures("mlflow_store")]
 
 STEPS = 36
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
-        yield
 
 
 @pytest.fixture(scope="module")

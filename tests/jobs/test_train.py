@@ -1,7 +1,6 @@
 """Training through Ray Train on real processes: two workers, checkpoints, going on, and what is refused."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from jobs.train import TrainSummary, train
 from mrcnn import KeypointConfig, load_model
 from pipelines.storage import open_store
 
+pytestmark = pytest.mark.usefixtures("mlflow_store")
+
 CONFIG = TrainConfig(
     model=replace(SMALL, backbone=replace(SMALL.backbone, norm="bn")),  # whose statistics differ between the workers
     optimizer=OptimizerConfig(base_lr=0.08, warmup_steps=4, decay_at=(1.0,)),
@@ -27,13 +28,6 @@ CONFIG = TrainConfig(
     checkpoint_every=20,
     pictures=2,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from jobs.evaluate import evaluate
 from jobs.train import TrainSummary, train
 from mrcnn import MaskRCNN, load_model
 
+pytestmark = pytest.mark.usefixtures("mlflow_store")
+
 CONFIG = TrainConfig(
     model=replace(SMALL, backbone=replace(SMALL.backbone, norm="bn")),
     optimizer=OptimizerConfig(base_lr=0.04, warmup_steps=2, decay_at=(1.0,)),
@@ -29,13 +30,6 @@ CONFIG = TrainConfig(
     checkpoint_every=2,
     pictures=0,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
-        yield
 
 
 @pytest.fixture(scope="module")
