@@ -41,6 +41,8 @@ def ray_session(cpus: int | None = None) -> Iterator[None]:
         raise ValueError(f"--cpus is {cpus}, but must be at least 1")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # workers' lines in a log file
     address = os.environ.get("RAY_ADDRESS")
     if address in (None, "local"):
         _authenticate_locally()

@@ -20,30 +20,24 @@ from mrcnn.config import (
     RPNConfig,
 )
 
-DeepBody = Literal["resnet101", "resnext101_32x8d", "resnext101_64x4d"]
-
 R50_FPN = TrainConfig()
 """R-50-FPN: 16 images a step, 160k steps, 512 RoIs of an image in training, 1000 proposals at inference."""
 
 
-def with_body(config: TrainConfig, name: DeepBody) -> TrainConfig:
-    """The same with another body."""
-    return replace(config, model=replace(config.model, backbone=replace(config.model.backbone, name=name)))
+def with_backbone(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The same with other settings of the backbone."""
+    return replace(config, model=replace(config.model, backbone=replace(config.model.backbone, **changes)))
+
+
+def with_roi(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The same with other settings of the RoIs."""
+    return replace(config, model=replace(config.model, roi=replace(config.model.roi, **changes)))
 
 
 def with_mask(config: TrainConfig, **changes: Any) -> TrainConfig:
     """The same with other settings of the mask head."""
     return replace(config, model=replace(config.model, mask=replace(config.model.mask, **changes)))
 
-
-R101_FPN = with_body(R50_FPN, "resnet101")
-"""R-101-FPN."""
-
-X101_32X8D_FPN = replace(with_body(R50_FPN, "resnext101_32x8d"), global_batch=8)
-"""X-101-FPN with 32 groups of 8: 8 images a step, so that the learning rate is the paper's 0.01."""
-
-X101_64X4D_FPN = with_body(X101_32X8D_FPN, "resnext101_64x4d")
-"""X-101-FPN with 64 groups of 4."""
 
 SINGLE_MAP_RPN = RPNConfig(
     pre_nms_top_n_train=12000, pre_nms_top_n_test=6000, post_nms_top_n_train=2000, post_nms_top_n_test=300
@@ -61,9 +55,6 @@ R50_C4 = TrainConfig(
 )
 """R-50-C4: res5 is the head of boxes and masks, 64 RoIs of an image in training, 14x14 masks."""
 
-R101_C4 = with_body(R50_C4, "resnet101")
-"""R-101-C4."""
-
 R50_C5 = TrainConfig(
     model=ModelConfig(
         backbone=BackboneConfig(features="c5"), rpn=SINGLE_MAP_RPN, roi=RoIConfig(batch_size_per_image=64)
@@ -71,14 +62,17 @@ R50_C5 = TrainConfig(
 )
 """R-50-C5 of Table 2d: the FPN's heads on res5 at stride 32. The paper does not give its numbers of RoIs: C4's."""
 
-R50_FPN_MLP = with_mask(R50_FPN, head="mlp", fcs=2)
-"""R-50-FPN with fully connected mask heads of 1024, 1024 (Table 2e); the deeper one has --model.mask.fcs 3."""
 
-R50_C4_SOFTMAX = with_mask(R50_C4, loss="softmax")
-"""R-50-C4 where classes compete for every pixel of a mask (Table 2b)."""
+def with_bodies(name: str, r50: TrainConfig) -> dict[str, TrainConfig]:
+    """A feature extractor's presets for all bodies. ResNeXt-101 takes 8 images a step, which makes the learning rate
+    the paper's 0.01."""
+    resnet = {f"r{depth}_{name}": with_backbone(r50, name=f"resnet{depth}") for depth in (18, 34, 50, 101)}
+    resnext = {
+        f"x101_{groups}_{name}": replace(with_backbone(r50, name=f"resnext101_{groups}"), global_batch=8)
+        for groups in ("32x8d", "64x4d")
+    }
+    return resnet | resnext
 
-R50_C4_AGNOSTIC = with_mask(R50_C4, class_agnostic=True)
-"""R-50-C4 with one mask for all classes."""
 
 FASTER_RCNN_R50_FPN = with_mask(R50_FPN, head="none")
 """Faster R-CNN with RoIAlign and R-50-FPN (Table 3)."""
@@ -93,9 +87,6 @@ KEYPOINT_RCNN_R50_FPN = replace(
 )
 """Keypoints of COCO's persons with R-50-FPN: 90k steps, the rate cut at 60k and 80k. COCO's coordinates are pixel
 indices, which the offset of half a pixel makes continuous."""
-
-KEYPOINT_MASK_RCNN_R50_FPN = with_mask(KEYPOINT_RCNN_R50_FPN, head="fcn")
-"""Keypoints and masks of persons together (Table 5)."""
 
 R18_FPN_SMALL = TrainConfig(
     model=ModelConfig(
@@ -140,16 +131,37 @@ TOY = TrainConfig(
 """The demo's: learns the toy data set from scratch on two CPU cores in minutes."""
 
 Preset = Literal[
+    "r18_fpn",
+    "r34_fpn",
     "r50_fpn",
     "r101_fpn",
     "x101_32x8d_fpn",
     "x101_64x4d_fpn",
+    "r18_c4",
+    "r34_c4",
     "r50_c4",
     "r101_c4",
+    "x101_32x8d_c4",
+    "x101_64x4d_c4",
+    "r18_c5",
+    "r34_c5",
     "r50_c5",
-    "r50_fpn_mlp",
+    "r101_c5",
+    "x101_32x8d_c5",
+    "x101_64x4d_c5",
+    "r50_fpn_bn",
+    "r50_fpn_sync_bn",
+    "r50_fpn_gn",
     "r50_c4_softmax",
     "r50_c4_agnostic",
+    "r50_c4_roi_align_max",
+    "r50_c4_roi_warp",
+    "r50_c4_roi_warp_max",
+    "r50_c4_roi_pool",
+    "r50_c5_roi_pool",
+    "r50_fpn_precise_roi_pool",
+    "r50_fpn_mlp2",
+    "r50_fpn_mlp3",
     "faster_rcnn_r50_fpn",
     "keypoint_rcnn_r50_fpn",
     "keypoint_mask_rcnn_r50_fpn",
@@ -158,19 +170,30 @@ Preset = Literal[
 ]
 
 PRESETS: dict[str, TrainConfig] = {
-    "r50_fpn": R50_FPN,
-    "r101_fpn": R101_FPN,
-    "x101_32x8d_fpn": X101_32X8D_FPN,
-    "x101_64x4d_fpn": X101_64X4D_FPN,
-    "r50_c4": R50_C4,
-    "r101_c4": R101_C4,
-    "r50_c5": R50_C5,
-    "r50_fpn_mlp": R50_FPN_MLP,
-    "r50_c4_softmax": R50_C4_SOFTMAX,
-    "r50_c4_agnostic": R50_C4_AGNOSTIC,
+    **with_bodies("fpn", R50_FPN),
+    **with_bodies("c4", R50_C4),
+    **with_bodies("c5", R50_C5),
+    # other normalisations than the frozen batch norm of all others; group norm starts from scratch
+    "r50_fpn_bn": with_backbone(R50_FPN, norm="bn"),
+    "r50_fpn_sync_bn": with_backbone(R50_FPN, norm="sync_bn"),
+    "r50_fpn_gn": with_mask(with_backbone(R50_FPN, norm="gn", fpn_norm="gn", frozen_stages=0), norm="gn"),
+    # Table 2b: classes that compete for every pixel of a mask; and one mask for all classes
+    "r50_c4_softmax": with_mask(R50_C4, loss="softmax"),
+    "r50_c4_agnostic": with_mask(R50_C4, class_agnostic=True),
+    # Tables 2c and 2d: what takes features out of a map; precise is PrRoIPool, younger than the paper
+    "r50_c4_roi_align_max": with_roi(R50_C4, reduce="max"),
+    "r50_c4_roi_warp": with_roi(R50_C4, operator="warp"),
+    "r50_c4_roi_warp_max": with_roi(R50_C4, operator="warp", reduce="max"),
+    "r50_c4_roi_pool": with_roi(R50_C4, operator="pool"),
+    "r50_c5_roi_pool": with_roi(R50_C5, operator="pool"),
+    "r50_fpn_precise_roi_pool": with_roi(R50_FPN, operator="precise"),
+    # Table 2e: fully connected mask heads of 1024, 1024 and 1024, 1024, 1024
+    "r50_fpn_mlp2": with_mask(R50_FPN, head="mlp", fcs=2),
+    "r50_fpn_mlp3": with_mask(R50_FPN, head="mlp", fcs=3),
+    # boxes only, Table 3; keypoints alone and with masks, Tables 4 to 6
     "faster_rcnn_r50_fpn": FASTER_RCNN_R50_FPN,
     "keypoint_rcnn_r50_fpn": KEYPOINT_RCNN_R50_FPN,
-    "keypoint_mask_rcnn_r50_fpn": KEYPOINT_MASK_RCNN_R50_FPN,
+    "keypoint_mask_rcnn_r50_fpn": with_mask(KEYPOINT_RCNN_R50_FPN, head="fcn"),
     "r18_fpn_small": R18_FPN_SMALL,
     "toy": TOY,
 }

@@ -27,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", r"ignore:`\w+` is deprecated:DeprecationWarning:ray\.data\.context")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process runs all that may need a Ray or an S3 server, of which there is one of each; the model's tests, which
+    need neither, are run by others beside it."""
+    for item in items:
+        if not item.path.is_relative_to(REPOSITORY / "tests/mrcnn"):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[EXIT_STATUS] = int(exitstatus)
 
@@ -39,7 +47,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     process that has used them all can still crash while the interpreter takes itself apart (seen once, after
     664 passed tests), which would turn a passed run into a failed one.
     """
-    if EXIT_STATUS in config.stash:
+    if EXIT_STATUS in config.stash and not hasattr(config, "workerinput"):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(config.stash[EXIT_STATUS])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import oracle
@@ -12,8 +12,10 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from mrcnn import Detections, ImageBatch, MaskRCNN
+from mrcnn.heads import BoxHead
 from mrcnn.preprocess import network_images
-from mrcnn.roi_heads import BoxResult
+from mrcnn.roi_heads import BoxResult, RoIHeads
+from mrcnn.rpn import Proposals
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -142,12 +144,17 @@ def compare_anchors(check: Comparison, anchors: Tensor) -> None:
     check.values("anchors, pixels", anchors[places], check.array("anchors_sample"), 1e-3)
 
 
-def compare_proposals(check: Comparison, found: Tensor) -> None:
-    """Shares of proposals without a partner of IoU > 0.99, in both directions."""
-    expected = check.array("proposals").float()
-    iou = box_iou(found, expected)
+def compare_proposals(check: Comparison, found: Proposals, index: int = 0) -> None:
+    """Shares of proposals without a partner of IoU > 0.99, in both directions, and the logits of the others."""
+    valid, expected = found.valid[index], check.array("proposals").float()
+    iou = box_iou(found.boxes[index][valid], expected)
     lost = max(float((iou.max(dim=axis).values <= 0.99).float().mean()) for axis in (0, 1))
     check.note("proposals without partner", lost * len(expected), lost, 0.01, "share")
+    if "proposals_objectness" in check.stored:
+        best, matched = iou.max(dim=1)
+        stored = check.array("proposals_objectness").float()
+        logits, std = found.scores[index][valid][best > 0.99], float(stored.std())
+        check.values("proposals_objectness", logits, stored[matched[best > 0.99]], 1e-3, std=std)
 
 
 def compare_heads(check: Comparison, model: MaskRCNN, features: list[Tensor], *, whole: bool) -> None:
@@ -168,6 +175,9 @@ def compare_heads(check: Comparison, model: MaskRCNN, features: list[Tensor], *,
         check.tensor("box_pool", heads.pool(features, rois, side=roi.box_pool), 1e-3)
         check.tensor("class_logits", logits, 1e-3)
         check.tensor("box_regression", regression, 1e-3)
+        if "box_head_shape" in check.stored:
+            check.tensor("box_head", hidden_of(heads.box_head, box_features), 1e-3)
+        compare_counts(check, heads, features, logits, proposals.float())
         if heads.res5 is not None:
             check.tensor("res5", box_features, 1e-3)
     final = _rois(check.array("boxes_net"))
@@ -175,6 +185,34 @@ def compare_heads(check: Comparison, model: MaskRCNN, features: list[Tensor], *,
         compare_masks(check, model, features, final)
     if heads.keypoint_head is not None:
         compare_keypoint_head(check, model, features, final)
+
+
+def hidden_of(head: BoxHead, box_features: Tensor) -> Tensor:
+    """What the last two layers of a box head see."""
+    seen: list[Tensor] = []
+    hook = head.class_logits.register_forward_hook(lambda *passed: seen.append(passed[1][0]))
+    head(box_features)
+    hook.remove()
+    return seen[0]
+
+
+def compare_counts(
+    check: Comparison, heads: RoIHeads, features: list[Tensor], class_logits: Tensor, proposals: Tensor
+) -> None:
+    """How many scores of the stored proposals pass the threshold, and how many boxes NMS leaves where none is cut."""
+    background = 0 if is_torchvision(check.name) else -1
+    probs = class_logits.softmax(dim=1)
+    probs[:, background] = 0.0
+    everything = Proposals(proposals[None], torch.zeros(1, len(proposals)), torch.ones(1, len(proposals)).bool())
+    config = heads.config
+    heads.config = replace(config, roi=replace(config.roi, max_detections=10**6))
+    kept = heads.detect(features, everything, torch.tensor([check.stored["resized_hw"].tolist()]))[0]
+    heads.config = config
+    counts = int((probs > config.roi.score_threshold).sum()), len(kept.boxes)
+    for quantity, count in zip(("n_scores_over_thresh", "n_after_nms"), counts, strict=True):
+        if quantity in check.stored:
+            expected = int(check.stored[quantity])
+            check.note(quantity, abs(count - expected), abs(count - expected) / expected, 0.01, "share")
 
 
 def compare_masks(check: Comparison, model: MaskRCNN, features: list[Tensor], final: Tensor) -> None:
@@ -273,7 +311,7 @@ def compare_image(name: str, model: MaskRCNN, arrays: Arrays, image_id: str, *, 
     compare_input(check, model, batch)
     features = compare_features(check, model, batch)
     proposals, _ = model.propose(batch, features=features)
-    compare_proposals(check, proposals.boxes[0][proposals.valid[0]])
+    compare_proposals(check, proposals)
     compare_heads(check, model, features, whole=whole)
     boxes = model.roi_heads.detect(features, proposals, batch.sizes)
     found = model.detections(features, boxes, batch.sizes, [source_size(image_id)])
@@ -296,7 +334,7 @@ def compare_batch(name: str, model: MaskRCNN, arrays: Arrays, prefix: str, ids: 
         for level, feature in enumerate(features, start=2):
             if f"P{level}_shape" in check.stored:
                 check.tensor(f"P{level}", feature[index], 1e-4)
-        compare_proposals(check, proposals.boxes[index][proposals.valid[index]])
+        compare_proposals(check, proposals, index)
         compare_detections(check, found[index], model.config.keypoint.pixel_offset)
         differences += check.differences
     return differences

@@ -1,5 +1,6 @@
 """Every preset makes a model, and says the paper's numbers."""
 
+from dataclasses import asdict
 from typing import get_args
 
 import pytest
@@ -35,12 +36,24 @@ def test_no_two_presets_are_the_same() -> None:
     assert all(config not in configs[:i] for i, config in enumerate(configs))
 
 
+BODIES = ("r18", "r34", "r50", "r101", "x101_32x8d", "x101_64x4d")
+NOT_THE_PAPERS = ("toy", "r18_fpn_small")
+
+
+@pytest.mark.parametrize("features", ["fpn", "c4", "c5"])
+@pytest.mark.parametrize("body", BODIES)
+def test_every_body_with_every_kind_of_features(body: str, features: str) -> None:
+    backbone = model_of(f"{body}_{features}").backbone
+    assert backbone.features == features
+    assert backbone.name == (body.replace("x101", "resnext101") if body.startswith("x") else f"resnet{body[1:]}")
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if "_c4" in name])
 def test_c4_as_in_the_paper(name: str) -> None:
     config = model_of(name)
     assert config.roi.batch_size_per_image == 64
     assert config.rpn.post_nms_top_n_test == 300
-    assert (config.roi.box_pool, config.mask.convs) == (14, 0)
+    assert (config.roi.head, config.roi.box_pool, config.mask.convs) == ("res5", 14, 0)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("_fpn")])
@@ -51,7 +64,7 @@ def test_fpn_as_in_the_paper(name: str) -> None:
     assert (config.mask.pool, config.mask.convs) == (14, 4)
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("toy", "r18_fpn_small")])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in NOT_THE_PAPERS])
 def test_the_papers_training(name: str) -> None:
     """The rate is for 16 images a step and in proportion to what a step has: ResNeXt's is 0.01 for its 8."""
     config = PRESETS[name]
@@ -62,18 +75,49 @@ def test_the_papers_training(name: str) -> None:
     cuts = [share * config.steps for share in config.optimizer.decay_at]
     assert cuts == pytest.approx([60_000, 80_000] if keypoints else [120_000])
     assert not config.model.backbone.stride_in_1x1  # torchvision's ImageNet weights
-    assert config.model.backbone.norm == "frozen_bn"
+    # what is not loaded from ImageNet must not be frozen
+    assert (config.model.backbone.norm == "gn") == (config.model.backbone.frozen_stages == 0)
 
 
-def test_what_each_variant_changes() -> None:
-    assert model_of("r50_fpn").backbone.name == "resnet50"
-    assert model_of("r101_fpn").backbone.name == model_of("r101_c4").backbone.name == "resnet101"
-    assert model_of("x101_32x8d_fpn").backbone.name == "resnext101_32x8d"
-    assert model_of("x101_64x4d_fpn").backbone.name == "resnext101_64x4d"
-    assert model_of("r50_c5").backbone.features == "c5"
-    assert (model_of("r50_fpn_mlp").mask.head, model_of("r50_fpn_mlp").mask.fcs) == ("mlp", 2)
-    assert model_of("r50_c4_softmax").mask.loss == "softmax"
-    assert model_of("r50_c4_agnostic").mask.class_agnostic
-    assert model_of("faster_rcnn_r50_fpn").mask.head == model_of("keypoint_rcnn_r50_fpn").mask.head == "none"
-    for name in ("keypoint_rcnn_r50_fpn", "keypoint_mask_rcnn_r50_fpn"):
-        assert (model_of(name).num_classes, model_of(name).keypoint.num_keypoints) == (1, 17)
+BASES = ("r50_fpn", "r50_c4", "r50_c5")
+CHANGES = {
+    "r50_fpn_bn": {"backbone.norm": "bn"},
+    "r50_fpn_sync_bn": {"backbone.norm": "sync_bn"},
+    "r50_fpn_gn": {"backbone.norm": "gn", "backbone.fpn_norm": "gn", "backbone.frozen_stages": 0, "mask.norm": "gn"},
+    "r50_c4_softmax": {"mask.loss": "softmax"},
+    "r50_c4_agnostic": {"mask.class_agnostic": True},
+    "r50_c4_roi_align_max": {"roi.reduce": "max"},
+    "r50_c4_roi_warp": {"roi.operator": "warp"},
+    "r50_c4_roi_warp_max": {"roi.operator": "warp", "roi.reduce": "max"},
+    "r50_c4_roi_pool": {"roi.operator": "pool"},
+    "r50_c5_roi_pool": {"roi.operator": "pool"},
+    "r50_fpn_precise_roi_pool": {"roi.operator": "precise"},
+    "r50_fpn_mlp2": {"mask.head": "mlp"},
+    "r50_fpn_mlp3": {"mask.head": "mlp", "mask.fcs": 3},
+    "faster_rcnn_r50_fpn": {"mask.head": "none"},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_variant_changes_what_it_claims_and_nothing_else(name: str) -> None:
+    base, variant = (asdict(model_of(each)) for each in (next(b for b in BASES if b in name), name))
+    changed = {
+        f"{part}.{field}": value
+        for part, fields in variant.items()
+        if isinstance(fields, dict)
+        for field, value in fields.items()
+        if value != base[part][field]
+    }
+    assert changed == CHANGES[name]
+
+
+def test_every_variant_is_listed() -> None:
+    systematic = {f"{body}_{features}" for body in BODIES for features in ("fpn", "c4", "c5")}
+    keypoints = {"keypoint_rcnn_r50_fpn", "keypoint_mask_rcnn_r50_fpn"}
+    assert set(PRESETS) == systematic | set(CHANGES) | keypoints | set(NOT_THE_PAPERS)
+
+
+@pytest.mark.parametrize("name", ["keypoint_rcnn_r50_fpn", "keypoint_mask_rcnn_r50_fpn"])
+def test_keypoints_of_persons(name: str) -> None:
+    assert (model_of(name).num_classes, model_of(name).keypoint.num_keypoints) == (1, 17)
+    assert (model_of(name).mask.head == "none") == ("mask" not in name)

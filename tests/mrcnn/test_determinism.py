@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import SMALL, batch_of
+from models import SMALL, batch_of, with_keypoints
+from test_variants import VARIANTS, config_of
+from torch import Tensor
 
-from mrcnn import MaskRCNN
+from mrcnn import MaskRCNN, ModelConfig
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 STEPS = 30
@@ -31,21 +33,28 @@ CONFIG = dataclasses.replace(
 )
 
 
-def train(device: str = "cpu") -> tuple[MaskRCNN, list[float]]:
-    """Thirty steps of SGD on three batches in turn: the model and the sum of the losses of each step."""
+def train(
+    device: str = "cpu", *, config: ModelConfig = CONFIG, steps: int = STEPS
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Steps of SGD on three batches in turn: the model's state and the sum of the losses of each step."""
     torch.manual_seed(0)
-    model = MaskRCNN(CONFIG).train().to(device)
+    model = MaskRCNN(config).train().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    batches = [batch_of(boxes) for boxes in BOXES]
+    batches = [with_keypoints(*batch_of(boxes), count=config.keypoint.num_keypoints) for boxes in BOXES]
     curve = []
-    for step in range(STEPS):
+    for step in range(steps):
         images, targets = batches[step % len(batches)]
         loss = torch.stack(list(model(images.to(device), targets.to(device)).values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         curve.append(loss.detach())
-    return model, torch.stack(curve).tolist()
+    return model.state_dict(), torch.stack(curve).tolist()
+
+
+def assert_same(first: tuple[dict[str, Tensor], list[float]], again: tuple[dict[str, Tensor], list[float]]) -> None:
+    assert first[1] == again[1]
+    assert all(torch.equal(first[0][name], again[0][name]) for name in first[0])
 
 
 @pytest.fixture
@@ -59,9 +68,14 @@ def deterministic() -> Iterator[None]:
 
 @pytest.mark.usefixtures("deterministic")
 def test_training_is_bit_identical_from_run_to_run() -> None:
-    (first, curve), (again, same_curve) = train(), train()
-    assert curve == same_curve
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert_same(train(), train())
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("name", ["c4 softmax", "mask and keypoints", "roi pool", "roi warp max", "roi precise"])
+def test_variants_are_bit_identical_from_run_to_run(name: str) -> None:
+    config = config_of(VARIANTS[name])
+    assert_same(train(config=config, steps=3), train(config=config, steps=3))
 
 
 def test_the_golden_loss_curve() -> None:
@@ -81,7 +95,7 @@ def test_the_golden_loss_curve() -> None:
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_training_on_a_gpu_is_bit_identical_from_run_to_run() -> None:
-    (first, curve), (again, same_curve) = train("cuda"), train("cuda")
-    assert curve == same_curve
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "sync bn"])
+def test_training_on_a_gpu_is_bit_identical_from_run_to_run(name: str) -> None:
+    config = config_of(VARIANTS[name])
+    assert_same(train("cuda", config=config, steps=10), train("cuda", config=config, steps=10))
