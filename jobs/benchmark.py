@@ -88,7 +88,7 @@ def run_benchmark(
         cases = BENCHMARKS[name](sizes or Sizes(), where)
         timings = tuple(_measure(case, repeats, where) for case in cases)
         profiles = [_profile(case, where) for case in cases] if with_profile else []
-    return Report(name, _machine(where, threads), timings, tuple(profiles))
+    return Report(name, machine_of(where, threads), timings, tuple(profiles))
 
 
 def _device(name: str) -> torch.device:
@@ -144,7 +144,8 @@ def _profile(case: Case, device: torch.device) -> str:
     return "\n".join(texts)
 
 
-def _machine(device: torch.device, threads: int) -> dict[str, str | int]:
+def machine_of(device: torch.device, threads: int) -> dict[str, str | int]:
+    """What a table of timings has to name."""
     machine: dict[str, str | int] = {"CPU": _cpu_name(), "cores": os.cpu_count() or 1, "threads": threads}
     if device.type == "cuda":
         machine |= {"GPU": torch.cuda.get_device_name(device), "CUDA": str(torch.version.cuda)}

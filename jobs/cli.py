@@ -10,11 +10,12 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import tyro
 
-from jobs.benchmark_cases import BenchmarkName
+from jobs.benchmark_cases import AnyBenchmarkName
 from jobs.config import TrainConfig, TrainJob
 from jobs.convert import Peer
 from jobs.presets import PRESETS, Preset
@@ -55,10 +56,42 @@ def build_data(
         cpus: CPUs of the Ray that is started on this machine; by default all.
     """
     from jobs.cluster import ray_session
-    from pipelines.build import build
+    from pipelines.build import prepare, run_build
+
+    prepared = prepare(config)  # before Ray starts, so that what is wrong is told at once
+    with ray_session(cpus) if prepared.missing else nullcontext():
+        print(run_build(prepared))
+
+
+def inspect_data(uri: Annotated[str, tyro.conf.Positional], out: str = ".", images: int = 12) -> None:
+    """Say what is in a folder of shards, and draw some of its images with their masks.
+
+    Args:
+        uri: URI of shards.
+        out: URI of a folder for the picture, contact_sheet.png.
+        images: How many images to draw, evenly spread over the data set.
+    """
+    from pipelines.contact_sheet import write_contact_sheet
+    from pipelines.inspect import summarize
+
+    print(summarize(uri))
+    print(f"\npicture: {write_contact_sheet(uri, out, images)}")
+
+
+def verify_data(uri: Annotated[str, tyro.conf.Positional], cpus: int | None = None) -> None:
+    """Check a folder of shards: checksums, counts, schema, and that every image and mask can be used.
+
+    Args:
+        uri: URI of shards.
+        cpus: CPUs of the Ray that is started on this machine; by default all.
+    """
+    from jobs.cluster import ray_session
+    from pipelines.verify import verify
 
     with ray_session(cpus):
-        print(build(config))
+        report = verify(uri)
+    print(report)
+    report.check()
 
 
 def train(
@@ -166,26 +199,36 @@ def convert_weights(
 
 
 def benchmark(
-    name: Annotated[BenchmarkName, tyro.conf.Positional],
+    name: Annotated[AnyBenchmarkName, tyro.conf.Positional],
     threads: int = 2,
     repeats: int = 5,
     device: str = "cpu",
+    images: str | None = None,
     out: str | None = None,
     profile: bool = False,
 ) -> None:
-    """Time the model or an operator against torchvision's, with the same weights and inputs, in turn.
+    """Time the model or an operator against torchvision's, with the same weights and inputs, in turn; or the building
+    of data against Pillow and Ray Data.
 
     Args:
         name: What to time.
-        threads: CPU threads of both.
+        threads: CPU threads of both; CPUs of the pipelines.
         repeats: Timed calls of each, of which the median counts.
         device: cpu, or cuda where there is a GPU.
+        images: For build-data: local folder of JPEGs; by default, made ones of COCO's sizes.
         out: JSON file for the numbers.
         profile: Also show where the time goes: the fifteen largest entries of torch.profiler for both.
     """
-    from jobs.benchmark import run_benchmark
+    from jobs.benchmark import Report, run_benchmark
+    from jobs.benchmark_data import DataReport, run_data_benchmark
 
-    report = run_benchmark(name, threads=threads, repeats=repeats, device=device, with_profile=profile)
+    report: Report | DataReport
+    if name == "build-data":
+        report = run_data_benchmark(images, cpus=threads, repeats=repeats)
+    elif images is not None:
+        raise ValueError(f"--images is for the benchmark build-data, not for {name}: leave it out")
+    else:
+        report = run_benchmark(name, threads=threads, repeats=repeats, device=device, with_profile=profile)
     print(report)
     if out is not None:
         report.write(out)
@@ -205,6 +248,8 @@ def demo(out: str = "demo-run") -> None:
 COMMANDS: dict[str, Any] = {
     "toy-data": toy_data,
     "build-data": build_data,
+    "inspect-data": inspect_data,
+    "verify-data": verify_data,
     "train": train,
     "evaluate": evaluate,
     "register": register,

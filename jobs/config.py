@@ -97,9 +97,20 @@ class TrainConfig:
     global_batch: int = 16
     """Images of a step over all workers."""
     seed: int = 0
-    """Decides the initial weights, the order of images, flips, and what is sampled from each."""
+    """Decides the initial weights, the order of images, flips, jitter, and what is sampled from each."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    jitter_sides: tuple[int, ...] = ()
+    """Shorter sides in pixels of which each image gets one at random in training, as 640 672 704 736 768 800; none:
+    always model.input.shorter_side. Shards should be built at the largest: what is stored smaller is enlarged."""
+    large_jitter: tuple[float, ...] = ()
+    """Large-scale jitter: each image gets a random size between two factors, as 0.1 2.0 (arXiv 2012.07177), times its
+    usual one; a window of at most the usual size is cut at random from what is larger. None: no such jitter."""
+    aspect_groups: bool = True
+    """Do not mix landscape and portrait images in a step, but for at most two steps of an epoch: less padding."""
+    max_objects: int = 256
+    """An image with more objects trains on as many, drawn anew in each epoch, so that a crowd fits into memory; the
+    others are background in that epoch. 0: no bound."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs convolutions and matrix products in bfloat16 (autocast); weights and losses stay float32."""
     log_every: int = 20
@@ -128,6 +139,7 @@ class TrainConfig:
             value = getattr(self, name)
             require(value >= 1, name, value, "at least 1", "give a positive number")
         require(0 <= self.flip <= 1, "flip", self.flip, "a probability", "0.5 flips every other image")
+        self._check_augmentation()
         require(
             self.rpn == "separate" or self.model.rpn.features == "shared",
             "model.rpn.features",
@@ -135,6 +147,32 @@ class TrainConfig:
             f"shared with rpn={self.rpn}",
             "only rpn=separate trains features of the RPN's own, and sets this by itself",
         )
+
+    def _check_augmentation(self) -> None:
+        sides, factors, longer_side = self.jitter_sides, self.large_jitter, self.model.input.longer_side
+        require(
+            all(0 < side <= longer_side for side in sides),
+            "jitter_sides",
+            sides,
+            f"positive and at most model.input.longer_side ({longer_side})",
+            "the paper's keypoints have 640 to 800",
+        )
+        require(
+            not factors or (len(factors) == 2 and 0 < factors[0] <= factors[1] <= 4),
+            "large_jitter",
+            factors,
+            "two factors, the smaller one first, of more than 0 and at most 4",
+            "0.1 2.0 is usual",
+        )
+        require(not (sides and factors), "large_jitter", factors, "empty with jitter_sides", "choose one of them")
+        require(
+            not factors or self.rpn == "joint",
+            "large_jitter",
+            factors,
+            f"empty with rpn={self.rpn}",
+            "stored proposals are of whole images: train with rpn=joint",
+        )
+        require(self.max_objects >= 0, "max_objects", self.max_objects, "at least 0", "0 is no bound")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict for JSON."""

@@ -22,7 +22,7 @@ from mrcnn.evaluation import Kind, Metrics, coco_results, evaluate_coco
 from mrcnn.model import MaskRCNN
 from mrcnn.structures import Category
 from mrcnn.weights import model_from_files
-from pipelines.loader import Row, ShardDataset
+from pipelines.dataset import Row, ShardDataset
 from pipelines.predict import ModelFiles, model_pool, place_model
 from pipelines.scaling import Scaling, scale_instance
 from pipelines.storage import split_uri

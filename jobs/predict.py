@@ -25,7 +25,6 @@ from mrcnn.weights import CONFIG_FILE, model_from_files
 from pipelines.predict import (
     PROGRESS,
     SCHEMA_VERSION,
-    SUFFIXES,
     Chunk,
     ChunkReceipt,
     PredictSettings,
@@ -37,6 +36,7 @@ from pipelines.predict import (
     write_receipt,
 )
 from pipelines.records import REJECTS, Reject, by_reason, to_parquet
+from pipelines.sources.names import SUFFIXES
 from pipelines.storage import Store, open_store
 
 MANIFEST = "manifest.json"

@@ -30,7 +30,7 @@ from jobs.schedule import PhaseOfRun, phase_uris, phases_of_run
 from jobs.worker import OUTCOME_FILE, Outcome, WorkerSettings, train_worker
 from mrcnn.model import MaskRCNN
 from mrcnn.weights import load_weights
-from pipelines.loader import ShardDataset
+from pipelines.dataset import ShardDataset
 from pipelines.propose import write_proposals
 from pipelines.storage import Store, open_store
 

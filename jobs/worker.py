@@ -35,7 +35,9 @@ from mrcnn.structures import Category
 from mrcnn.training_parts import TrainedPart
 from mrcnn.visualize import draw_detections
 from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, model_files, model_from_files
-from pipelines.loader import Batch, ShardDataset, batches
+from pipelines.augment import Augmentation
+from pipelines.dataset import ShardDataset
+from pipelines.loader import Batch, batches
 from pipelines.proposals import ProposalDataset
 from pipelines.storage import open_store
 
@@ -127,7 +129,9 @@ class _Worker:
             rank=self.rank,
             world_size=self.world_size,
             start_images=self.phase.first_step * self.config.global_batch + self.engine.images_seen,
-            flip=self.config.flip,
+            aspect_groups=self.config.aspect_groups,
+            augmentation=augmentation_of(self.config),
+            pin_memory=self.engine.device.type == "cuda",
             threads=self.config.loader_threads,
             network_input=self.config.model.input,
             proposals=ProposalDataset(proposals, self.data.manifest) if proposals else None,
@@ -213,6 +217,16 @@ class _Worker:
     def _say(self, line: str) -> None:
         if self.rank == 0:
             print(f"{self.phase.label}{line}", flush=True)
+
+
+def augmentation_of(config: TrainConfig) -> Augmentation:
+    """What a training does to its images."""
+    return Augmentation(
+        flip=config.flip,
+        jitter_sides=config.jitter_sides,
+        large_jitter=config.large_jitter,
+        max_objects=config.max_objects,
+    )
 
 
 def initial_model(settings: WorkerSettings, categories: Sequence[Category]) -> MaskRCNN:

@@ -8,7 +8,7 @@ T runs of all masks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -48,13 +48,18 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 class _OnDevice:
-    """`.to(device)` for a dataclass of tensors, and of such dataclasses."""
+    """`.to(device)` and `.pin_memory()` for a dataclass of tensors, and of such dataclasses."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, (Tensor, _OnDevice)) else value
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
 
-        return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
+    def pin_memory(self) -> Self:
+        """The same in page-locked memory, from where copies to a GPU do not make the host wait."""
+        return self._each(lambda value: value.pin_memory())
+
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return type(self)(**{n: change(v) if isinstance(v, (Tensor, _OnDevice)) else v for n, v in values.items()})
 
 
 @dataclass(frozen=True)

@@ -4,45 +4,40 @@ pipeline.
 The records are cut into shards by their order in the source, before anything runs in parallel; each shard is
 one task (pipelines/shard_task.py), of which only a receipt comes back: pixels never travel through Ray. So
 shards are the same bytes whatever the parallelism. A shard whose receipt lies in _progress/ is not made
-again; the manifest is written when all are there, and then _progress/ goes.
+again (pipelines/build_folder.py); the manifest is written when all are there and the sums are right.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
-import pyarrow.parquet as pq
-import ray
-import ray.data
+from tqdm import tqdm
 
-from pipelines.config import BuildConfig
-from pipelines.manifest import FILE_NAME, Manifest, Totals
-from pipelines.records import (
-    REJECTED_ANNOTATIONS,
-    REJECTS,
-    ImageRecord,
-    Reject,
-    RejectedAnnotation,
-    SourceData,
-    by_reason,
-    to_parquet,
+from pipelines.accounts import (
+    REJECTED_ANNOTATIONS_FILE,
+    REJECTS_FILE,
+    Accounts,
+    account,
+    reasons_in,
 )
+from pipelines.build_folder import claim, forget, not_as_stated, tidy
+from pipelines.config import BuildConfig
+from pipelines.manifest import LostError, Manifest, Totals
+from pipelines.records import ImageRecord, SourceData
+from pipelines.rows import Scale
 from pipelines.schema import SCHEMA_VERSION
-from pipelines.shard_task import PROGRESS, Receipt, ShardSettings, make_shard, receipt_name
-from pipelines.sources.coco import read_coco
+from pipelines.shard_task import Receipt, ShardSettings, make_shard
+from pipelines.sources import SOURCES
 from pipelines.storage import Store, open_store
+from pipelines.tasks import run_tasks
+from pipelines.tiling import Tiling
 
-PLAN = f"{PROGRESS}/build.json"
-REJECTS_FILE = "rejects.parquet"
-REJECTED_ANNOTATIONS_FILE = "rejected_annotations.parquet"
-FAILURES: dict[str, type[Exception]] = {
-    error.__name__: error for error in (ValueError, FileNotFoundError, PermissionError)
-}
+ENOUGH = 1000  # rejected images show what is wrong: no need to wait for the others
 
 Shards = dict[str, list[ImageRecord]]
 
@@ -64,6 +59,8 @@ class BuildSummary:
     seconds: float
     digest: str
     """Of the manifest: the identity of the data set."""
+    more: tuple[BuildSummary, ...] = ()
+    """Of further sides, made in the same pass."""
 
     @property
     def images_per_second(self) -> float:
@@ -73,7 +70,8 @@ class BuildSummary:
     def __str__(self) -> str:
         all_, rate = self.totals, f"{self.seconds:.1f} s, {self.images_per_second:.1f} images/s"
         lines = [
-            f"{all_.rows} of {all_.images} images, {all_.instances} of {all_.annotations} objects",
+            f"{all_.images - all_.rejects} of {all_.images} images, "
+            f"{all_.annotations - all_.rejected_annotations} of {all_.annotations} objects",
             f"{self.out}: {self.shards} shards, {self.bytes / 1e6:.1f} MB",
             f"made now: {self.shards_made} shards, {self.rows_made} images in {rate}",
         ]
@@ -82,7 +80,44 @@ class BuildSummary:
             ("object", self.rejected_annotations_by_reason),
         ):
             lines += [f"rejected {what}s: {count} x {reason}" for reason, count in reasons.items()]
-        return "\n".join([*lines, f"digest {self.digest}"])
+        if all_.further_tiles:
+            cut = f"{all_.further_parts} further parts of objects, {all_.dropped_parts} too small ones left out"
+            lines.append(f"cut into {all_.rows} tiles: {cut}")
+        return "\n".join([*lines, f"digest {self.digest}", *(str(each) for each in self.more)])
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One data set of a build."""
+
+    out: Store
+    plan: dict[str, Any]
+    receipts: dict[str, Receipt] | None
+    """Of the shards that are there already; None where it is finished"""
+
+    def lacks(self, shard: str) -> bool:
+        """Whether a shard is to be made."""
+        return self.receipts is not None and shard not in self.receipts
+
+
+@dataclass(frozen=True)
+class PreparedBuild:
+    """A build of which all is known but the shards that are to be made."""
+
+    config: BuildConfig
+    settings: ShardSettings
+    source: SourceData
+    shards: Shards
+    folders: tuple[Folder, ...]
+    """As the settings' scales"""
+    seconds: float
+    """That this took"""
+
+    @property
+    def missing(self) -> dict[str, list[int]]:
+        """The shards that are to be made, and the folders they are missing in: only these need Ray."""
+        where = {name: [i for i, folder in enumerate(self.folders) if folder.lacks(name)] for name in self.shards}
+        return {name: folders for name, folders in where.items() if folders}
 
 
 def build(config: BuildConfig) -> BuildSummary:
@@ -90,35 +125,73 @@ def build(config: BuildConfig) -> BuildSummary:
 
     Raises FileNotFoundError, PermissionError or ValueError, in words for the user, where it cannot start or
     go on: no such folder, wrong credentials, annotations that are not COCO, a folder that holds another
-    build.
+    build, more rejects than the settings allow.
     """
-    assert ray.is_initialized(), "start Ray first, see jobs/cluster.py"
+    return run_build(prepare(config))
+
+
+def prepare(config: BuildConfig) -> PreparedBuild:
+    """Look at the input, and make the output folder this build's. Needs no Ray: what is wrong is told within seconds.
+
+    Raises as `build`.
+    """
     start = time.monotonic()
-    images, out = open_store(config.images).check_folder(), open_store(config.out)
-    source = read_coco(config.annotations, images)
-    plan = _plan(config, images, source)
+    scales = tuple(Scale(open_store(out).check_answers(), *sides) for out, *sides in config.folders())
+    open_store(config.images).check_answers()
+    source = SOURCES[config.format].read(config)
     shards = _cut(source.records, config.rows_per_shard)
-    names = set(out.list())
-    made: dict[str, Receipt] = {}
-    if not _is_finished(out, plan, names=names, shards=shards):
-        receipts = _resume(out, plan, names)
-        missing = {name: records for name, records in shards.items() if name not in receipts}
-        made = _run(missing, ShardSettings(images, out, config.shorter_side, config.longer_side, config.encoding))
-        receipts |= made
-        _conclude(out, source, plan=plan, receipts=[receipts[name] for name in shards])
-    _tidy(out)
-    return _summary(out, made, time.monotonic() - start)
+    settings = ShardSettings(
+        format=config.format,
+        images=source.images_at,
+        categories=source.categories,
+        follow_links=config.follow_links,
+        scales=scales,
+        tiling=Tiling(config.tile, config.tile_overlap, config.tile_min_share),
+        encoding=config.encoding,
+        max_pixels=config.max_pixels,
+    )
+    folders = tuple(_folder(config, source, scale, shards) for scale in scales)
+    return PreparedBuild(config, settings, source, shards, folders, time.monotonic() - start)
 
 
-def _plan(config: BuildConfig, images: Store, source: SourceData) -> dict[str, Any]:
+def _folder(config: BuildConfig, source: SourceData, scale: Scale, shards: Shards) -> Folder:
+    plan, out = _plan(config, source, scale), scale.out
+    receipts = claim(out, plan, shards)
+    if receipts is not None:
+        if excess := account(source).excess(config):
+            _refuse(out, excess, account(source, receipts.values()), receipts)
+        if account(source, receipts.values(), complete=len(receipts) == len(shards)).excess(config):
+            receipts = _without_rejects(out, receipts)
+    return Folder(out, plan, receipts)
+
+
+def run_build(prepared: PreparedBuild) -> BuildSummary:
+    """Make the shards that are missing, and finish. Ray must be running, unless there are none. Raises as `build`."""
+    start = time.monotonic()
+    made = _run(prepared)
+    for folder, new in zip(prepared.folders, made, strict=True):
+        if folder.receipts is not None:
+            receipts = folder.receipts | new
+            _conclude(prepared, folder, [receipts[name] for name in prepared.shards if name in receipts])
+        tidy(folder.out)
+    seconds = prepared.seconds + time.monotonic() - start
+    first, *more = (_summary(folder.out, new, seconds) for folder, new in zip(prepared.folders, made, strict=True))
+    return replace(first, more=tuple(more))
+
+
+def _plan(config: BuildConfig, source: SourceData, scale: Scale) -> dict[str, Any]:
     """All that the shards' bytes depend on."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "images": images.uri,
+        "format": config.format,
+        "images": source.images_at.uri,
+        "follow_links": config.follow_links,
         "annotations_sha256": source.sha256,
-        "shorter_side": config.shorter_side,
-        "longer_side": config.longer_side,
+        "shorter_side": scale.shorter_side,
+        "longer_side": scale.longer_side,
+        "tile": [config.tile, config.tile_overlap, config.tile_min_share] if config.tile else [],
         "encoding": config.encoding,
+        "max_pixels": config.max_pixels,
         "rows_per_shard": config.rows_per_shard,
     }
 
@@ -128,93 +201,71 @@ def _cut(records: list[ImageRecord], rows: int) -> Shards:
     return {f"shard-{i:05d}.arrow": records[start : start + rows] for i, start in enumerate(starts)}
 
 
-def _is_finished(out: Store, plan: dict[str, Any], *, names: set[str], shards: Shards) -> bool:
-    """Whether this very build is complete there. Raises ValueError where another one is."""
-    if FILE_NAME not in names:
-        return False
-    manifest = Manifest.read(out)
-    _refuse_other(out, manifest.build, plan)
-    return names.issuperset(shards)
+def _without_rejects(out: Store, receipts: dict[str, Receipt]) -> dict[str, Receipt]:
+    """Only what was rejected may have been mended since: those shards are made again."""
+    again = [name for name, each in receipts.items() if each.rejects or each.rejected_annotations]
+    forget(out, again)
+    return {name: each for name, each in receipts.items() if name not in again}
 
 
-def _resume(out: Store, plan: dict[str, Any], names: set[str]) -> dict[str, Receipt]:
-    """Receipts of the shards that are there, or the start of a new build."""
-    if PLAN in names:
-        _refuse_other(out, json.loads(out.read_bytes(PLAN)), plan)
-    elif FILE_NAME not in names and any(name.startswith("shard-") for name in names):
-        raise ValueError(f"{out.uri} holds shards of an unknown build: choose another --out, or empty this one")
-    out.write_bytes(PLAN, json.dumps(plan).encode())
-    if FILE_NAME in names:  # shards have gone since: make the build again, and let nobody read it meanwhile
-        out.remove(FILE_NAME)
-    finished = [name for name in names if name.endswith(".arrow") and receipt_name(name) in names]
-    return {name: Receipt.from_json(out.read_bytes(receipt_name(name))) for name in finished}
+def _run(prepared: PreparedBuild) -> list[dict[str, Receipt]]:
+    """Make the missing shards in parallel, one task each; not all of them where too many images are rejected. The
+    receipts, by shard, of each folder."""
+    missing = prepared.missing
+    there = {name: each for folder in prepared.folders for name, each in (folder.receipts or {}).items()}
+    before = account(prepared.source, [each for name, each in there.items() if name not in missing])
+    rejects, bound = len(before.rejects), max(ENOUGH, prepared.config.max_reject_share * before.images)
+    made: list[dict[str, Receipt]] = [{} for _ in prepared.folders]
+    images = sum(len(prepared.shards[name]) for name in missing)
+    with tqdm(total=images, unit=" images", desc="build-data", disable=None) as bar:
+        tasks = (_task(name, prepared.shards[name], folders) for name, folders in missing.items())
+        for row in run_tasks(partial(make_shard, settings=prepared.settings), tasks) if missing else ():
+            receipts = [Receipt.from_json(each) for each in row["receipts"]]
+            for folder, receipt in zip(missing[row["name"]], receipts, strict=True):
+                made[folder][row["name"]] = receipt
+            rejects += len(receipts[0].rejects)
+            bar.set_postfix(rejects=rejects, refresh=False)
+            bar.update(len(prepared.shards[row["name"]]))
+            if rejects > bound:
+                break
+    return made
 
 
-def _refuse_other(out: Store, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    different = [f"{key} {theirs.get(key)!r} there, {ours[key]!r} here" for key in ours if theirs.get(key) != ours[key]]
-    if different:
-        raise ValueError(
-            f"{out.uri} holds another build ({'; '.join(different)}): choose another --out, or empty this one"
-        )
+def _task(name: str, records: list[ImageRecord], folders: list[int]) -> dict[str, str]:
+    return {
+        "name": name,
+        "records": json.dumps([record.to_dict() for record in records]),
+        "scales": json.dumps(folders),
+    }
 
 
-def _run(shards: Shards, settings: ShardSettings) -> dict[str, Receipt]:
-    """Make shards in parallel, one task each."""
-    if not shards:
-        return {}
-    tasks = [
-        {"name": name, "records": json.dumps([record.to_dict() for record in records])}
-        for name, records in shards.items()
-    ]
-    dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks))
-    results = dataset.map(partial(make_shard, settings=settings), num_cpus=1)
-    receipts: dict[str, Receipt] = {}
-    for row in results.iter_rows():
-        if row["failure"]:
-            raise FAILURES[row["failure"]](row["message"])
-        receipts[row["name"]] = Receipt.from_json(row["receipt"])
-    return receipts
+def _conclude(prepared: PreparedBuild, folder: Folder, receipts: list[Receipt]) -> None:
+    """Write the rejects, see whether nothing was lost, and write the manifest last."""
+    out, accounts = folder.out, account(prepared.source, receipts, complete=True)
+    if excess := accounts.excess(prepared.config):
+        _refuse(out, excess, accounts, [receipt.info.name for receipt in receipts])
+    accounts.write_rejects(out)
+    shards = tuple(receipt.info for receipt in receipts)
+    totals = accounts.totals()
+    missing = not_as_stated(dict(out.entries()), shards)
+    if missing or len(shards) != len(prepared.shards):
+        raise LostError(f"{out.uri}: {missing or 'shards'} are not as they were written: run the same command again")
+    Manifest(prepared.source.categories, folder.plan, shards, totals).write(out)
 
 
-def _conclude(out: Store, source: SourceData, *, plan: dict[str, Any], receipts: list[Receipt]) -> None:
-    """Write the rejects, and last the manifest."""
-    rejects: list[Reject] = [*source.rejects, *(each for receipt in receipts for each in receipt.rejects)]
-    rejected: list[RejectedAnnotation] = [
-        *source.rejected_annotations,
-        *(each for receipt in receipts for each in receipt.rejected_annotations),
-    ]
-    totals = Totals(
-        images=source.images,
-        rows=sum(receipt.info.rows for receipt in receipts),
-        rejects=len(rejects),
-        annotations=source.annotations,
-        instances=sum(receipt.instances for receipt in receipts),
-        rejected_annotations=len(rejected),
+def _refuse(out: Store, excess: str, accounts: Accounts, shards: Iterable[str]) -> NoReturn:
+    """Leave the lists of rejects to read, and shards with rows for the next try."""
+    accounts.write_rejects(out)
+    kept = "shards without rejects are kept"
+    if accounts.rows == 0:
+        kept = "nothing else is kept"
+        for name in shards:
+            out.remove(name)
+        tidy(out)
+    raise ValueError(
+        f"{excess}. All are in {out.uri}/{REJECTS_FILE} and {REJECTED_ANNOTATIONS_FILE}: mend them or allow more, and "
+        f"run the same command again ({kept})"
     )
-    out.write_bytes(REJECTS_FILE, to_parquet(rejects, REJECTS))
-    out.write_bytes(REJECTED_ANNOTATIONS_FILE, to_parquet(rejected, REJECTED_ANNOTATIONS))
-    if totals.rows == 0:
-        _discard(out, receipts)
-        reasons = ", ".join(
-            f"{count} x {reason}" for reason, count in by_reason((each.stage, each.reason) for each in rejects).items()
-        )
-        raise ValueError(f"not one image of {plan['images']} could be used ({reasons}): see {out.uri}/{REJECTS_FILE}")
-    Manifest(source.categories, plan, tuple(receipt.info for receipt in receipts), totals).write(out)
-
-
-def _tidy(out: Store) -> None:
-    """Remove the receipts, and what tasks that were killed have left."""
-    out.remove_folder(PROGRESS)
-    if out.is_local:
-        for part in out.path.glob(".shard-*.part"):
-            part.unlink(missing_ok=True)
-
-
-def _discard(out: Store, receipts: list[Receipt]) -> None:
-    """Remove shards without rows, so that the same command tries anew."""
-    for receipt in receipts:
-        out.remove(receipt.info.name)
-    _tidy(out)
 
 
 def _summary(out: Store, made: dict[str, Receipt], seconds: float) -> BuildSummary:
@@ -222,8 +273,8 @@ def _summary(out: Store, made: dict[str, Receipt], seconds: float) -> BuildSumma
     return BuildSummary(
         out=out.uri,
         totals=manifest.totals,
-        rejects_by_reason=by_reason(_stages(out, REJECTS_FILE)),
-        rejected_annotations_by_reason=by_reason(_stages(out, REJECTED_ANNOTATIONS_FILE)),
+        rejects_by_reason=reasons_in(out, REJECTS_FILE),
+        rejected_annotations_by_reason=reasons_in(out, REJECTED_ANNOTATIONS_FILE),
         shards=len(manifest.shards),
         shards_made=len(made),
         rows_made=sum(receipt.info.rows for receipt in made.values()),
@@ -231,8 +282,3 @@ def _summary(out: Store, made: dict[str, Receipt], seconds: float) -> BuildSumma
         seconds=seconds,
         digest=manifest.digest,
     )
-
-
-def _stages(out: Store, name: str) -> list[tuple[str, str]]:
-    table = pq.read_table(io.BytesIO(out.read_bytes(name)), columns=["stage", "reason"])
-    return list(zip(table["stage"].to_pylist(), table["reason"].to_pylist(), strict=True))

@@ -30,11 +30,11 @@ from mrcnn.visualize import draw_detections
 from mrcnn.weights import model_from_files
 from pipelines.prefetch import prefetched
 from pipelines.records import Reject, Stage
+from pipelines.sources.names import image_ids
 from pipelines.storage import Store
 from pipelines.transforms import DecodeError, Pixels, decode, encode
 
-SCHEMA_VERSION = 2  # of the parts
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SCHEMA_VERSION = 3  # of the parts; 3: image ids depend on names alone
 PROGRESS = "_progress"
 READ_THREADS = 2
 READ_AHEAD = 4  # decoded images in memory
@@ -56,9 +56,7 @@ DETECTION = pa.struct(
 
 PREDICTIONS = pa.schema(
     [
-        pa.field(
-            "image_id", pa.int64()
-        ),  # the number that is the file's name, else its place in the sorted list, from 1
+        pa.field("image_id", pa.int64()),  # the number that is the file's name, else a hash of it: `image_ids`
         pa.field("uri", pa.string()),
         pa.field("height", pa.int32()),  # of the source image, as all coordinates
         pa.field("width", pa.int32()),
@@ -118,16 +116,10 @@ def read_receipt(out: Store, part: str) -> ChunkReceipt:
 
 
 def cut(names: Sequence[str], size: int) -> list[Chunk]:
-    """Chunks of sorted names. Ids are the numbers that are the names (as COCO's), or else 1, 2, ..."""
-    stems = [PurePosixPath(name).stem for name in names]
-    numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) <= 18]
-    ids = numbers if len(set(numbers)) == len(names) else list(range(1, len(names) + 1))
+    """Chunks of sorted names, with their ids."""
+    ids = image_ids(names)
     return [
-        Chunk(
-            f"predictions/part-{i:05d}.parquet",
-            list(ids[start : start + size]),
-            list(names[start : start + size]),
-        )
+        Chunk(f"predictions/part-{i:05d}.parquet", ids[start : start + size], list(names[start : start + size]))
         for i, start in enumerate(range(0, len(names), size))
     ]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mrcnn.preprocess import network_images
 from mrcnn.weights import model_from_files
-from pipelines.loader import Row, ShardDataset
+from pipelines.dataset import Row, ShardDataset
 from pipelines.manifest import FILE_NAME, ShardInfo
 from pipelines.predict import READ_AHEAD, READ_THREADS, ModelFiles, model_pool, place_model
 from pipelines.prefetch import prefetched
@@ -96,9 +96,7 @@ class ShardProposer:
         """Write the file of a shard, then its receipt."""
         name = self.dataset.manifest.shards[shard].name
         with self.store.new_file(name) as part:
-            rows = write_shard(part, self._rows(shard), PROPOSALS)
-            with part.open("rb") as file:
-                info = ShardInfo(name, rows, part.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+            info = write_shard(part, self._rows(shard), PROPOSALS, name=name)
         self.store.write_bytes(_receipt_name(name), json.dumps(asdict(info)).encode())
         return info
 

@@ -6,7 +6,7 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -47,16 +47,39 @@ class RejectedAnnotation:
     reason: str
 
 
-@dataclass(frozen=True)
+class SourceError(ValueError):
+    """An image's annotation file that cannot be used; the message is the reject's reason."""
+
+
+class Images(Protocol):
+    """Where the images of a source are: a folder (`Store`), or files anywhere (sources/uri_list.py)."""
+
+    @property
+    def uri(self) -> str:
+        """The folder, or the list"""
+
+    def uri_of(self, name: str) -> str:
+        """Full URI of a file."""
+
+    def read_bytes(self, name: str) -> bytes:
+        """A whole file; raises as `Store` does."""
+
+
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image as its source describes it. Sizes are None where the source does not say."""
+    """One image as its source describes it. Annotations are still as they were found: only the image's task parses
+    them, so that the driver can hold many records."""
 
     image_id: int
     file_name: str
-    height: int | None
-    width: int | None
-    annotations: list[dict[str, Any]] = field(default_factory=list)
-    """COCO annotations (id, category_id, bbox, area, iscrowd, segmentation, keypoints) with `label` added"""
+    """Relative to the source's images"""
+    height: int | None = None
+    width: int | None = None
+    """None where the source does not say"""
+    annotations: str = ""
+    """JSON list, where all annotations lie in one file"""
+    annotation_files: Sequence[str] = ()
+    """Names of the image's own annotation files, relative to the source's images"""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -64,22 +87,38 @@ class ImageRecord:
 
 
 @dataclass(frozen=True)
-class SourceData:
-    """Everything of one annotation file: images = records + rejects."""
+class Objects:
+    """The annotations of one image, parsed."""
 
+    usable: list[dict[str, Any]] = field(default_factory=list)
+    """As in COCO (id, category_id, bbox, area, iscrowd, segmentation, keypoints), with `label` added"""
+    rejected: list[tuple[int | None, str]] = field(default_factory=list)
+    """Id and reason of the others"""
+    height: int | None = None
+    width: int | None = None
+    """Of the image as the annotations have it; None where they do not say"""
+    image: bytes | None = None
+    """The image file, where it lies in the annotations"""
+
+
+@dataclass(frozen=True)
+class SourceData:
+    """What the driver knows of a source: images = records + rejects."""
+
+    images_at: Images
     categories: tuple[Category, ...]
+    """In the order of their labels, 1..K"""
     records: list[ImageRecord]
     rejects: list[Reject]
-    rejected_annotations: list[RejectedAnnotation]
     images: int
-    annotations: int
     sha256: str
-    """Of the annotation file"""
+    """Of the annotation file, or of the list of images"""
+    rejected_annotations: list[RejectedAnnotation] = field(default_factory=list)
+    annotations: int | None = None
+    """All in the annotation file; None where each image has its own: then the tasks count them"""
 
     def __post_init__(self) -> None:
         assert self.images == len(self.records) + len(self.rejects)
-        kept = sum(len(record.annotations) for record in self.records)
-        assert self.annotations == kept + len(self.rejected_annotations)
 
 
 def by_reason(stages_and_reasons: Iterable[tuple[str, str]]) -> dict[str, int]:

@@ -7,6 +7,7 @@ sums, as in `mrcnn.structures.RunLengthMasks`: int64 in here, the last one H * W
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,19 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 Ends = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of an image, in its pixels."""
+
+    y: int
+    x: int
+    height: int
+    width: int
+
+
+MAX_COORDINATE = 1e6  # pixels; pycocotools takes memory in proportion to the length of an outline
 
 
 def ends_from_counts(counts: bytes) -> Ends:
@@ -54,18 +68,53 @@ def bitmap_from_ends(ends: Ends, height: int, width: int) -> NDArray[np.uint8]:
     return flat.reshape((height, width), order="F")
 
 
+def counts_from_ends(ends: Ends, height: int, width: int) -> bytes:
+    """The inverse of `ends_from_counts`: COCO's compressed counts of a mask of H x W pixels."""
+    lengths = np.diff(ends, prepend=0).tolist()
+    return coco_mask.frPyObjects({"counts": lengths, "size": [height, width]}, height, width)["counts"]
+
+
 def flip_ends(ends: Ends, height: int, width: int) -> Ends:
     """Mirror a mask left to right: exactly what `bitmap[:, ::-1]` gives, from run lengths alone."""
-    begin, end = ends[0:-1:2], ends[1::2]  # the runs of ones
+    low, high, column = _column_pieces(ends, height)
+    shift = (width - 1 - 2 * column) * height
+    order = np.argsort(low + shift, kind="stable")
+    return _joined((low + shift)[order], (high + shift)[order], height * width)
+
+
+def crop_ends(ends: Ends, height: int, window: Window) -> Ends:
+    """Runs of the part of a mask, `height` pixels high, that lies in a window: what slicing its bitmap gives."""
+    low, high, column = _column_pieces(ends, height)
+    top = column * height + window.y
+    low, high = np.maximum(low, top), np.minimum(high, top + window.height)
+    inside = (low < high) & (column >= window.x) & (column < window.x + window.width)
+    shift = ((column - window.x) * window.height - top)[inside]
+    return _joined(low[inside] + shift, high[inside] + shift, window.height * window.width)
+
+
+def box_from_ends(ends: Ends, height: int) -> list[float] | None:
+    """Smallest box x1, y1, x2, y2 around a mask, `height` pixels high; None where it is empty."""
+    low, high, column = _column_pieces(ends, height)
+    if not column.size:
+        return None
+    top = column * height
+    sides = column.min(), (low - top).min(), column.max() + 1, (high - top).max()
+    return [float(each) for each in sides]
+
+
+def pixels_in(ends: Ends) -> int:
+    """How many pixels a mask has."""
+    return int(np.diff(ends, prepend=0)[1::2].sum())
+
+
+def _column_pieces(ends: Ends, height: int) -> tuple[Ends, Ends, Ends]:
+    """The runs of ones, cut where columns end: first pixel, pixel after the last, and column of each piece."""
+    begin, end = ends[0:-1:2], ends[1::2]
     column_first, column_last = begin // height, (end - 1) // height
     pieces = np.where(end > begin, column_last - column_first + 1, 0)
     run = np.repeat(np.arange(len(begin)), pieces)
     column = column_first[run] + np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    shift = (width - 1 - 2 * column) * height
-    low = np.maximum(begin[run], column * height) + shift
-    high = np.minimum(end[run], (column + 1) * height) + shift
-    order = np.argsort(low, kind="stable")
-    return _joined(low[order], high[order], height * width)
+    return np.maximum(begin[run], column * height), np.minimum(end[run], (column + 1) * height), column
 
 
 def _joined(low: Ends, high: Ends, total: int) -> Ends:
@@ -78,7 +127,10 @@ def _joined(low: Ends, high: Ends, total: int) -> Ends:
 
 def counts_from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> bytes:
     """Compressed counts of the union of polygons x1, y1, x2, y2, ..., as pycocotools draws them."""
-    parts = coco_mask.frPyObjects([np.asarray(each, np.float64).tolist() for each in polygons], height, width)
+    points = [np.asarray(each, np.float64) for each in polygons]
+    if not all((np.abs(each) <= MAX_COORDINATE).all() for each in points):  # nor where it is NaN
+        raise ValueError(f"a coordinate of a polygon is not a number of at most {MAX_COORDINATE:.0e}")
+    parts = coco_mask.frPyObjects([each.tolist() for each in points], height, width)
     return coco_mask.merge(parts)["counts"]
 
 

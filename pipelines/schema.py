@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SEGMENTATION = pa.struct(
     [
-        pa.field("polygons", pa.list_(pa.list_(pa.float32()))),  # each x1, y1, x2, y2, ...; null where there is an rle
+        pa.field("polygons", pa.list_(pa.list_(pa.float32()))),  # each x1, y1, x2, y2, ...; null where unknown
+        # where there are both, this is the mask, and the polygons its outline in fractions of a pixel
         pa.field("rle", pa.struct([pa.field("size", pa.list_(pa.int32(), 2)), pa.field("counts", pa.string())])),
     ]
 )
@@ -28,17 +29,28 @@ INSTANCE = pa.struct(
     ]
 )
 
+TILE = pa.struct(
+    [
+        pa.field("image_id", pa.int64()),  # of the whole image
+        pa.field("y", pa.int32()),  # of the tile's corner in it
+        pa.field("x", pa.int32()),
+        pa.field("height", pa.int32()),  # of the whole image
+        pa.field("width", pa.int32()),
+    ]
+)
+
 SHARD = pa.schema(
     [
         pa.field("image_id", pa.int64()),
         pa.field("uri", pa.string()),
         pa.field("height", pa.int32()),  # of the stored image, as all coordinates
         pa.field("width", pa.int32()),
-        pa.field("source_height", pa.int32()),
+        pa.field("source_height", pa.int32()),  # before resizing: of the image, or of this tile of it
         pa.field("source_width", pa.int32()),
         pa.field("encoding", pa.string()),  # raw (H x W x 3 uint8 RGB), jpeg or png
         pa.field("image", pa.binary()),
         pa.field("instances", pa.list_(INSTANCE)),
+        pa.field("tile", TILE),  # null where the row is a whole image
     ],
     metadata={"mrcnn.schema_version": str(SCHEMA_VERSION)},
 )

@@ -1,4 +1,5 @@
-"""One task of a build: image records -> one shard, read, decoded, resized, written a row at a time.
+"""One task of a build: image records -> one shard, read, decoded, resized, written a row at a time; where several
+sizes are wanted, one shard of each.
 
 An image or annotation that cannot be used becomes a reject in the task's receipt. What is not the data's
 fault (credentials, an endpoint that is gone, a full disk) ends the build.
@@ -6,23 +7,24 @@ fault (credentials, an endpoint that is gone, a full disk) ends the build.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from mrcnn.preprocess import resize_image, resized_size
-from pipelines.config import Encoding
+from mrcnn.structures import Category
+from pipelines.config import Encoding, Format
 from pipelines.manifest import ShardInfo
 from pipelines.prefetch import prefetched
-from pipelines.records import ImageRecord, Reject, RejectedAnnotation, Stage
-from pipelines.scaling import Scaling
-from pipelines.shards import write_shard
-from pipelines.storage import Store
-from pipelines.transforms import DecodeError, Pixels, decode, encode, use_one_thread
+from pipelines.records import ImageRecord, Images, Objects, Reject, RejectedAnnotation, Stage
+from pipelines.rows import Picture, Scale, make_row
+from pipelines.shards import ShardWriter
+from pipelines.sources.reading import ReadRecord, parse_record, read_record
+from pipelines.tasks import failing_in_words
+from pipelines.tiling import Tiling, parts
+from pipelines.transforms import DecodeError, allow_pixels, decode, use_one_thread
 from pipelines.validate import AnnotationError, to_instance
 
 PROGRESS = "_progress"
@@ -34,11 +36,14 @@ READ_AHEAD = 8  # compressed images in memory
 class ShardSettings:
     """What all tasks of a build have in common."""
 
-    images: Store
-    out: Store
-    shorter_side: int
-    longer_side: int
+    format: Format
+    images: Images
+    categories: tuple[Category, ...]
+    follow_links: bool
+    scales: tuple[Scale, ...]
+    tiling: Tiling
     encoding: Encoding
+    max_pixels: int
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,17 @@ class Receipt:
     """What became of one shard's records; written after the shard itself."""
 
     info: ShardInfo
+    annotations: int
+    """Of all records: instances and rejected ones"""
     instances: int
     rejects: list[Reject]
     rejected_annotations: list[RejectedAnnotation]
+    further_tiles: int = 0
+    """Rows beyond the first of their image"""
+    further_parts: int = 0
+    """Instances beyond the first of their annotation"""
+    dropped_parts: int = 0
+    """Of objects in tiles: left out, because too small a share of the object"""
 
     def to_json(self) -> str:
         """For a row of Ray Data and for _progress/."""
@@ -59,10 +72,12 @@ class Receipt:
         """The inverse of `to_json`."""
         content = json.loads(text)
         return cls(
-            info=ShardInfo(**content["info"]),
-            instances=content["instances"],
-            rejects=[Reject(**each) for each in content["rejects"]],
-            rejected_annotations=[RejectedAnnotation(**each) for each in content["rejected_annotations"]],
+            **content
+            | {
+                "info": ShardInfo(**content["info"]),
+                "rejects": [Reject(**each) for each in content["rejects"]],
+                "rejected_annotations": [RejectedAnnotation(**each) for each in content["rejected_annotations"]],
+            }
         )
 
 
@@ -71,23 +86,16 @@ def receipt_name(shard: str) -> str:
     return f"{PROGRESS}/{shard}.json"
 
 
+@failing_in_words
 def make_shard(task: dict[str, Any], settings: ShardSettings) -> dict[str, Any]:
-    """A task of Ray Data: {name, records} -> {name, receipt, failure, message}.
-
-    Errors that a user can mend come back as values: Ray would wrap them in its own, and print a traceback.
-    """
+    """A task of Ray Data: {name, records, scales} -> {name, receipts}, one for each of the scales (JSON, their places
+    among the settings')."""
     use_one_thread()
+    allow_pixels(settings.max_pixels)
     records = [ImageRecord(**each) for each in json.loads(task["records"])]
-    try:
-        receipt = _ShardTask(settings).run(task["name"], records).to_json()
-    except (ValueError, OSError) as error:
-        return {"name": task["name"], "receipt": "", "failure": _public_name(error), "message": str(error)}
-    return {"name": task["name"], "receipt": receipt, "failure": "", "message": ""}
-
-
-def _public_name(error: Exception) -> str:
-    kinds = (PermissionError, FileNotFoundError)
-    return next((kind.__name__ for kind in kinds if isinstance(error, kind)), ValueError.__name__)
+    wanted = replace(settings, scales=tuple(settings.scales[i] for i in json.loads(task["scales"])))
+    receipts = _ShardTask(wanted).run(task["name"], records)
+    return {"name": task["name"], "receipts": [receipt.to_json() for receipt in receipts]}
 
 
 @dataclass
@@ -95,87 +103,108 @@ class _ShardTask:
     """The rows of one shard, and what was rejected on the way."""
 
     settings: ShardSettings
+    images: int = 0
+    annotations: int = 0
     instances: int = 0
+    further_tiles: int = 0
+    further_parts: int = 0
+    dropped_parts: int = 0
     rejects: list[Reject] = field(default_factory=list)
     rejected_annotations: list[RejectedAnnotation] = field(default_factory=list)
 
-    def run(self, name: str, records: list[ImageRecord]) -> Receipt:
-        out = self.settings.out
-        with out.new_file(name) as part:
-            rows = write_shard(part, self._rows(records))
-            info = ShardInfo(name, rows, part.stat().st_size, _sha256(part))
-        assert rows + len(self.rejects) == len(records)
-        receipt = Receipt(info, self.instances, self.rejects, self.rejected_annotations)
-        out.write_bytes(receipt_name(name), receipt.to_json().encode())
-        return receipt
+    def run(self, name: str, records: list[ImageRecord]) -> list[Receipt]:
+        receipts = [self._receipt(info) for info in self._write(name, records)]
+        assert self.images + len(self.rejects) == len(records)
+        for scale, receipt in zip(self.settings.scales, receipts, strict=True):
+            scale.out.write_bytes(receipt_name(name), receipt.to_json().encode())
+        return receipts
 
-    def _rows(self, records: list[ImageRecord]) -> Iterator[dict[str, Any]]:
-        read = partial(_read, self.settings.images)
-        for record, data in prefetched(read, records, threads=READ_THREADS, ahead=READ_AHEAD):
-            row = self._row(record, data)
-            if row is not None:
-                yield row
+    def _write(self, name: str, records: list[ImageRecord]) -> list[ShardInfo]:
+        with ExitStack() as files:
+            paths = [files.enter_context(scale.out.new_file(name)) for scale in self.settings.scales]
+            with ExitStack() as open_files:
+                writers = [open_files.enter_context(ShardWriter(path)) for path in paths]
+                for rows in self._rows(records):
+                    for writer, row in zip(writers, rows, strict=True):
+                        writer.write(row)
+            return [writer.info(name) for writer in writers]
 
-    def _row(self, record: ImageRecord, data: bytes | None) -> dict[str, Any] | None:
-        """The row of an image, or None where it was rejected."""
-        if data is None:
-            self._reject(record, "read", "no such file")
-            return None
+    def _receipt(self, info: ShardInfo) -> Receipt:
+        return Receipt(
+            info=info,
+            annotations=self.annotations,
+            instances=self.instances,
+            rejects=self.rejects,
+            rejected_annotations=self.rejected_annotations,
+            further_tiles=self.further_tiles,
+            further_parts=self.further_parts,
+            dropped_parts=self.dropped_parts,
+        )
+
+    def _rows(self, records: list[ImageRecord]) -> Iterator[Iterator[dict[str, Any]]]:
+        """For each image, or tile of one, its row at every scale."""
+        read = partial(read_record, self.settings.images, follow_links=self.settings.follow_links)
+        for found in prefetched(read, records, threads=READ_THREADS, ahead=READ_AHEAD):
+            yield from self._image_rows(found)
+
+    def _image_rows(self, read: ReadRecord) -> Iterator[Iterator[dict[str, Any]]]:
+        """Nothing where the image is rejected."""
+        record, objects, fault = parse_record(read, self.settings.format, self.settings.categories)
+        self.annotations += len(objects.usable) + len(objects.rejected)
+        for annotation_id, reason in objects.rejected:
+            self._reject_annotation(record, annotation_id, "source", reason)
+        if fault is not None:
+            self._reject(record, objects, *fault)
+            return
         try:
-            image = decode(data)
+            image = decode(objects.image or read.image, max_pixels=self.settings.max_pixels)
         except DecodeError as error:
-            self._reject(record, "decode", str(error))
-            return None
+            self._reject(record, objects, "decode", str(error))
+            return
         height, width = image.shape[:2]
-        if record.annotations and (record.height or height, record.width or width) != (height, width):
-            stated = f"{record.width} x {record.height} stated, {width} x {height} decoded"
-            self._reject(record, "validate", f"image is not of the annotated size: {stated}")
-            return None
-        return self._finish(record, image)
+        if objects.usable and (objects.height or height, objects.width or width) != (height, width):
+            stated = f"{objects.width} x {objects.height} stated, {width} x {height} decoded"
+            self._reject(record, objects, "validate", f"image is not of the annotated size: {stated}")
+            return
+        picture = Picture(record.image_id, self.settings.images.uri_of(record.file_name), image)
+        yield from self._picture_rows(picture, record, objects)
 
-    def _finish(self, record: ImageRecord, image: Pixels) -> dict[str, Any]:
-        settings, source = self.settings, image.shape[:2]
-        size = resized_size(*source, shorter_side=settings.shorter_side, longer_side=settings.longer_side)
-        return {
-            "image_id": record.image_id,
-            "uri": settings.images.uri_of(record.file_name),
-            "height": size[0],
-            "width": size[1],
-            "source_height": source[0],
-            "source_width": source[1],
-            "encoding": settings.encoding,
-            "image": encode(resize_image(image, *size), settings.encoding),
-            "instances": self._instances(record, Scaling((source[0], source[1]), size)),
-        }
+    def _picture_rows(
+        self, picture: Picture, record: ImageRecord, objects: Objects
+    ) -> Iterator[Iterator[dict[str, Any]]]:
+        settings, size = self.settings, (picture.pixels.shape[0], picture.pixels.shape[1])
+        ids, instances = self._instances(record, objects, size)
+        shown: set[int] = set()
+        for number, part in enumerate(parts(size, instances, settings.tiling)):
+            yield (make_row(picture, part, scale, settings.encoding) for scale in settings.scales)
+            self.further_tiles += number > 0
+            self.further_parts += len(shown.intersection(part.numbers))
+            self.dropped_parts += part.dropped
+            self.instances += len(part.numbers)
+            shown.update(part.numbers)
+        self.images += 1
+        for number in sorted(set(range(len(ids))) - shown):
+            reason = f"no tile shows enough of it: less than {settings.tiling.min_share:g} in each"
+            self._reject_annotation(record, ids[number], "validate", reason)
 
-    def _instances(self, record: ImageRecord, scaling: Scaling) -> list[dict[str, Any]]:
-        instances = []
-        for annotation in record.annotations:
+    def _instances(
+        self, record: ImageRecord, objects: Objects, size: tuple[int, int]
+    ) -> tuple[list[int], list[dict[str, Any]]]:
+        """Ids of the annotations that can be used, and what they become in the image before it is resized."""
+        ids, instances = [], []
+        for annotation in objects.usable:
             try:
-                instances.append(to_instance(annotation, scaling))
+                instances.append(to_instance(annotation, size))
+                ids.append(annotation["id"])
             except AnnotationError as error:
-                self._reject_annotation(record, annotation, "validate", str(error))
-        self.instances += len(instances)
-        return instances
+                self._reject_annotation(record, annotation["id"], "validate", str(error))
+        return ids, instances
 
-    def _reject(self, record: ImageRecord, stage: Stage, reason: str) -> None:
+    def _reject(self, record: ImageRecord, objects: Objects, stage: Stage, reason: str) -> None:
         self.rejects.append(Reject(self.settings.images.uri_of(record.file_name), record.image_id, stage, reason))
-        for annotation in record.annotations:
-            self._reject_annotation(record, annotation, stage, f"image rejected: {reason}")
+        for annotation in objects.usable:
+            self._reject_annotation(record, annotation["id"], stage, f"image rejected: {reason}")
 
-    def _reject_annotation(self, record: ImageRecord, annotation: dict[str, Any], stage: Stage, reason: str) -> None:
+    def _reject_annotation(self, record: ImageRecord, annotation_id: int | None, stage: Stage, reason: str) -> None:
         uri = self.settings.images.uri_of(record.file_name)
-        self.rejected_annotations.append(RejectedAnnotation(uri, record.image_id, annotation["id"], stage, reason))
-
-
-def _read(images: Store, record: ImageRecord) -> tuple[ImageRecord, bytes | None]:
-    """None for a file that is not there. Anything else that goes wrong is no fault of this image."""
-    try:
-        return record, images.read_bytes(record.file_name)
-    except FileNotFoundError:
-        return record, None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        self.rejected_annotations.append(RejectedAnnotation(uri, record.image_id, annotation_id, stage, reason))

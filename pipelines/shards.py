@@ -5,21 +5,25 @@ Bodies are uncompressed: from a memory map, raw pixels are used where they lie.
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from numpy.typing import NDArray
 
 from pipelines.manifest import ShardInfo
 from pipelines.schema import SHARD
 from pipelines.storage import Store
 
+READ_BYTES = 1024 * 1024
 MAGIC = b"ARROW1"
+OPEN_SHARDS = 4096
 TAIL = 64 * 1024  # read at once from the end of a remote file: the footer of some 2,000 rows
 
 # `struct Block` of Arrow's File.fbs
@@ -27,14 +31,89 @@ BLOCK = np.dtype([("offset", "<i8"), ("metadata", "<i4"), ("padding", "<i4"), ("
 RECORD_BATCHES = 3  # its place among the fields of `table Footer`
 
 
-def write_shard(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema = SHARD) -> int:
-    """Write rows (dicts of the schema's fields), holding one at a time in memory; the number of rows."""
-    count = 0
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+class ShardWriter:
+    """A file that is written row by row, from where the pixels lie, and checked as it is written. A context manager."""
+
+    def __init__(self, path: Path, schema: pa.Schema = SHARD) -> None:
+        self._schema = schema
+        self._file = _CheckedFile(path)
+        self._sink = pa.PythonFile(self._file, mode="w")
+        self._writer = pa.ipc.new_file(self._sink, schema)
+        self._tall: list[bool] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write the footer."""
+        self._writer.close()
+        self._sink.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row, a dict of the schema's fields; binary ones may be any buffer of bytes."""
+        columns = [_column(row[field.name], field.type) for field in self._schema]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+        self._tall.append(row.get("height", 0) > row.get("width", 0))
+
+    def info(self, name: str) -> ShardInfo:
+        """What a manifest says of the file, once it is closed."""
+        portrait = np.packbits(np.array(self._tall, bool)).tobytes().hex() if "height" in self._schema.names else ""
+        return ShardInfo(name, len(self._tall), self._file.size, self._file.checksum.hexdigest(), portrait)
+
+
+class _CheckedFile(io.RawIOBase):
+    """A new file whose checksum is taken of the bytes on their way."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self.checksum = xxhash.xxh3_128()
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.checksum.update(data)
+        self._file.write(data)
+        self.size += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def checksum(path: Path) -> str:
+    """`ShardInfo.xxh128` of a file on disk."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while data := file.read(READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _column(value: Any, type_: pa.DataType) -> pa.Array:
+    """An array of one value. Bytes are referred to, not copied."""
+    if not pa.types.is_binary(type_):
+        return pa.array([value], type_)
+    data = pa.py_buffer(value)
+    return pa.Array.from_buffers(type_, 1, [None, pa.py_buffer(np.array([0, data.size], np.int32)), data])
+
+
+def write_shard(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema = SHARD, *, name: str = "") -> ShardInfo:
+    """Write rows (dicts of the schema's fields), holding one at a time in memory; what a manifest says of the file."""
+    with ShardWriter(path, schema) as writer:
         for row in rows:
-            writer.write_batch(pa.RecordBatch.from_pylist([row], schema=schema))
-            count += 1
-    return count
+            writer.write(row)
+    return writer.info(name or path.name)
+
+
+def portrait_rows(shard: ShardInfo) -> NDArray[np.bool_]:
+    """(rows,) whether each is taller than wide, from `ShardInfo.portrait`."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(shard.portrait), np.uint8), count=shard.rows).astype(bool)
 
 
 class ShardedRows:
@@ -42,7 +121,8 @@ class ShardedRows:
 
     def __init__(self, store: Store, shards: Sequence[ShardInfo], schema: pa.Schema = SHARD) -> None:
         self._first_rows = np.cumsum([0, *(shard.rows for shard in shards)])
-        self._readers = [ShardReader(store, shard.name, schema) for shard in shards]
+        # so many stay open: a process may have some 65,000 memory maps, and footers take memory
+        self._reader = lru_cache(OPEN_SHARDS)(lambda shard: ShardReader(store, shards[shard], schema))
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
@@ -52,58 +132,121 @@ class ShardedRows:
         return range(int(self._first_rows[shard]), int(self._first_rows[shard + 1]))
 
     def read(self, index: int) -> dict[str, Any]:
-        """Row by its number, as a dict of pyarrow scalars. Raises ValueError where its file is damaged."""
+        """Row by its number, as a dict of pyarrow scalars, binary ones as buffers.
+
+        Raises ValueError where its file is damaged or has changed, FileNotFoundError where it is gone.
+        """
+        reader, row = self._place(index)
+        return reader.read(row)
+
+    def damaged(self, index: int, what: str) -> ValueError:
+        """The error to raise where a row turns out to be spoilt after it was read."""
+        reader, row = self._place(index)
+        return reader.damaged(f"row {row}: {what}")
+
+    def _place(self, index: int) -> tuple[ShardReader, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         shard = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        return self._readers[shard].read(index - int(self._first_rows[shard]))
+        return self._reader(shard), index - int(self._first_rows[shard])
 
 
 class ShardReader:
-    """Random access to the rows of one shard. Threads may share it."""
+    """Random access to the rows of one shard. Threads may share it.
 
-    def __init__(self, store: Store, name: str, schema: pa.Schema = SHARD) -> None:
+    A local file is mapped into memory. To read a map beyond the end of a file that was cut short kills the process, so
+    every read first looks whether the file is still the one that was opened.
+    """
+
+    def __init__(self, store: Store, info: ShardInfo, schema: pa.Schema = SHARD) -> None:
         self._store = store
-        self._name = name
+        self._info = info
         self._schema = schema
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def read(self, row: int) -> dict[str, Any]:
-        """Row as a dict of pyarrow scalars. Raises ValueError where the file is damaged."""
+        """Row as a dict of pyarrow scalars, binary ones as buffers.
+
+        Raises ValueError where the file is damaged or has changed, FileNotFoundError where it is gone.
+        """
         block = self._blocks[row]
         buffer = self._fetch(int(block["offset"]), int(block["metadata"]) + int(block["body"]))
         try:
             batch = pa.ipc.read_record_batch(pa.ipc.read_message(buffer), self._schema)
+            batch.validate(full=True)  # else offsets that point anywhere are followed
         except (pa.ArrowInvalid, OSError, EOFError) as error:
-            raise self._damaged(f"row {row}: {error}") from None
-        return {name: column[0] for name, column in zip(self._schema.names, batch.columns, strict=True)}
+            raise self.damaged(f"row {row}: {error}") from None
+        if batch.num_rows != 1:
+            raise self.damaged(f"row {row}: {batch.num_rows} rows in its record batch")
+        return {name: _value(column) for name, column in zip(self._schema.names, batch.columns, strict=True)}
+
+    def damaged(self, what: str) -> ValueError:
+        """The error to raise where this shard is not as it was written."""
+        uri = self._store.uri_of(self._info.name)
+        return ValueError(f"{uri} is damaged ({what}): remove its folder and make it again")
 
     @cached_property
-    def _mapped(self) -> pa.Buffer:
-        with pa.memory_map(str(self._store.path / self._name)) as file:
-            return file.read_buffer()
+    def _mapped(self) -> tuple[pa.Buffer, tuple[int, ...]]:
+        stamp = self._stamp()
+        with pa.memory_map(str(self._store.path / self._info.name)) as file:
+            return file.read_buffer(), stamp
+
+    def _stamp(self) -> tuple[int, ...]:
+        """Changes when a local file does. Raises FileNotFoundError where it is gone."""
+        path = self._store.path / self._info.name
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} is gone, but belongs to this data set: build the data again") from None
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _fetch(self, start: int, length: int) -> pa.Buffer:
         if self._store.is_local:
-            return self._mapped.slice(start, length)
-        return pa.py_buffer(self._store.read_range(self._name, start, length))
+            mapped, stamp = self._mapped
+            if self._stamp() != stamp:
+                raise self.damaged("it was changed while it was being read")
+            return mapped.slice(start, length)
+        data = self._store.read_range(self._info.name, start, length)
+        if len(data) != length:
+            raise self.damaged(f"it ends at byte {start + len(data)}, {start + length} are needed")
+        return pa.py_buffer(data)
+
+    def _size(self) -> int:
+        size = self._stamp()[1] if self._store.is_local else self._store.size(self._info.name)
+        if size != self._info.bytes:
+            raise self.damaged(f"it has {size} bytes, its manifest says {self._info.bytes}")
+        return size
 
     @cached_property
     def _blocks(self) -> NDArray[Any]:
-        size = self._mapped.size if self._store.is_local else self._store.size(self._name)
+        size = self._size()
         tail = self._fetch(max(0, size - TAIL), min(size, TAIL)).to_pybytes()
         if size < 20 or tail[-6:] != MAGIC:
-            raise self._damaged("no Arrow footer")
+            raise self.damaged("no Arrow footer")
         (length,) = struct.unpack("<i", tail[-10:-6])
         if not 0 < length <= size - 10:
-            raise self._damaged("bad Arrow footer")
+            raise self.damaged("bad Arrow footer")
         footer = tail[-10 - length : -10] if length + 10 <= len(tail) else None
-        return _record_batch_blocks(footer or self._fetch(size - 10 - length, length).to_pybytes())
+        try:
+            blocks = _record_batch_blocks(footer or self._fetch(size - 10 - length, length).to_pybytes())
+        except (struct.error, ValueError):
+            raise self.damaged("bad Arrow footer") from None
+        ends = blocks["offset"] + blocks["metadata"] + blocks["body"]
+        inside = (blocks["offset"] >= 0) & (blocks["metadata"] > 0) & (blocks["body"] >= 0) & (ends <= size)
+        if len(blocks) != self._info.rows or not inside.all():
+            raise self.damaged(f"its footer does not tell where {self._info.rows} rows are")
+        return blocks
 
-    def _damaged(self, what: str) -> ValueError:
-        return ValueError(f"{self._store.uri_of(self._name)} is damaged ({what}): remove its folder and make it again")
+
+def _value(column: pa.Array) -> pa.Scalar | pa.Buffer:
+    """The one value of a column: of a binary one the bytes where they lie, which pyarrow's scalar would copy."""
+    if not pa.types.is_binary(column.type):
+        return column[0]
+    _, offsets, data = column.buffers()
+    start, end = np.frombuffer(offsets, np.int32, 2)
+    return data.slice(int(start), int(end - start))
 
 
 def _record_batch_blocks(footer: bytes) -> NDArray[Any]:

@@ -7,34 +7,24 @@ Endpoint and credentials come from the usual AWS_* variables (or AWS's own files
 from __future__ import annotations
 
 import errno
-import functools
-import logging
+import fcntl
 import os
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-)
 
-# They tell at INFO where they found which credentials.
-for _name in ("botocore", "aiobotocore"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
+from pipelines.filesystems import filesystem, is_conflict
+from pipelines.storage_errors import FileRefusedError, endpoint_hint, full_disk_told, make_folder, plain_errors
 
-CONNECT_SECONDS = 3
-READ_SECONDS = 60
-ATTEMPTS = 4  # of a request, with exponential backoff: 500, 503, timeouts, dropped connections
+# Bytes, S3's bound. Parts of a larger file would stay, unseen but paid for, when their writer dies.
+SINGLE_PUT = 5 * 2**30
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # exFAT, some mounted buckets
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,7 @@ class Store:
 
     @property
     def _fs(self) -> Any:
-        return _filesystem("file" if self.is_local else self.uri.split("://", 1)[0])
+        return filesystem("file" if self.is_local else self.uri.split("://", 1)[0])
 
     def uri_of(self, name: str) -> str:
         """Full URI of a file."""
@@ -76,8 +66,12 @@ class Store:
         return Store(self.uri_of(name))
 
     def read_bytes(self, name: str) -> bytes:
-        """A whole file."""
-        return self._call("cat_file", name)
+        """A whole file. Raises FileRefusedError where it alone is refused."""
+        try:
+            return self._call("cat_file", name)
+        except PermissionError as error:
+            self.check_folder()
+            raise FileRefusedError(str(error)) from None
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """`length` bytes of a file from byte `start` on: one ranged request. Threads may call it at once."""
@@ -94,45 +88,91 @@ class Store:
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a whole file, so that a reader sees all of it or none: rename on disk, a single PUT on S3."""
         if self.is_local:
-            with self._replacing(name) as part:
+            with self._part(name) as part:
                 part.write_bytes(data)
+                _rename(part, self.path / name)
         else:
             self._call("pipe_file", name, data)
 
-    @contextmanager
-    def new_file(self, name: str) -> Iterator[Path]:
-        """A local path to write a large file to; it gets its name here when the block ends without error."""
+    def create_bytes(self, name: str, data: bytes) -> bool:
+        """Write a whole small file unless there is one already; whether it was written. One of many writers wins."""
         if self.is_local:
-            with self._replacing(name) as part:
-                yield part
-            return
-        with tempfile.TemporaryDirectory(prefix="mrcnn-") as folder:
-            part = Path(folder, "part")
-            yield part
-            with _plain_errors(self.uri_of(name)):
-                self._fs.put_file(str(part), f"{self._root}/{name}")
+            with self._part(name) as part:
+                part.write_bytes(data)
+                return _rename(part, self.path / name, replace=False)
+        with plain_errors(self.uri_of(name)):
+            try:
+                self._fs.pipe_file(f"{self._root}/{check_name(name)}", data, mode="create")
+            except OSError as error:
+                if not is_conflict(error):
+                    raise
+                return False
+        return True
 
     @contextmanager
-    def _replacing(self, name: str) -> Iterator[Path]:
-        target = Path(self.uri_of(name))
-        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-        with _plain_errors(self.uri_of(name)):
-            target.parent.mkdir(parents=True, exist_ok=True)
-        try:
+    def new_file(self, name: str) -> Iterator[Path]:
+        """A local path to write a large file to; it gets its name here when the block ends without error.
+
+        On S3 it is one PUT (up to 5 GB): nothing is left there by a writer that dies.
+        """
+        if self.is_local:
+            with self._part(name) as part:
+                yield part
+                _rename(part, self.path / name)
+            return
+        with _nameless_file() as part:
             yield part
-            with _plain_errors(self.uri_of(name)):
-                os.replace(part, target)
+            with plain_errors(self.uri_of(name)):
+                self._fs.put_file(str(part), f"{self._root}/{check_name(name)}", chunksize=SINGLE_PUT // 2)
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A file to read, by its local path: itself, or a copy that goes with the block."""
+        if self.is_local:
+            yield Path(self.uri_of(name))
+            return
+        with _nameless_file() as copy:
+            self._call("get_file", name, str(copy))
+            yield copy
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[Path]:
+        """A hidden file beside the one that it is to become. Its lock, which ends with its writer, is how
+        `remove_leftovers` knows that nobody writes it any more."""
+        target = Path(self.uri_of(name))
+        make_folder(target.parent)
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+        with plain_errors(self.uri_of(name)):
+            held = part.open("xb")
+        try:
+            with held, full_disk_told(target):
+                _lock(held, fcntl.LOCK_SH)
+                yield part
         finally:
             part.unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove what writers that were killed have left in this very folder, unseen. Living ones lose nothing."""
+        for part in self.path.glob(".*.part") if self.is_local else ():
+            with suppress(FileNotFoundError), part.open("rb") as held:
+                if _lock(held, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    part.unlink()
 
     def remove(self, name: str) -> None:
         """Remove a file."""
         self._call("rm_file", name)
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder and all below it, if it is there."""
-        if self.exists(name):
-            self._call("rm", name, recursive=True)
+        """Remove a folder and all below it, if it is there. Others may do so at the same time."""
+        if not self.is_local:
+            with suppress(FileNotFoundError):
+                self._call("rm", name, recursive=True)
+            return
+        with plain_errors(self.uri_of(name)):
+            for folder, _, files in os.walk(self.uri_of(name), topdown=False):
+                for file in files:
+                    Path(folder, file).unlink(missing_ok=True)
+                _remove_empty(folder)
 
     def list(self, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
         """Names of all files below, folder by folder and sorted, hidden ones left out; empty if there is no
@@ -141,51 +181,62 @@ class Store:
         `suffixes` such as (".jpg", ".png") are compared without case. Streams: S3 pages of 1000, one local
         folder.
         """
-        walk = self._list_s3() if self.uri.startswith("s3://") else self._list_folder("")
-        for name in walk:
-            hidden = any(part.startswith(".") for part in name.split("/"))
-            if not hidden and (not suffixes or name.lower().endswith(suffixes)):
-                yield name
+        return (name for name, _ in self.entries(suffixes))
 
-    def _list_folder(self, folder: str) -> Iterator[str]:
+    def entries(self, suffixes: tuple[str, ...] = (), *, hidden: bool = False) -> Iterator[tuple[str, int]]:
+        """Names as in `list`, each with its bytes; with the hidden ones where they are wanted."""
+        walk = self._list_s3() if self.uri.startswith("s3://") else self._list_folder("")
+        for name, size in walk:
+            left_out = not hidden and any(part.startswith(".") for part in name.split("/"))
+            if not left_out and (not suffixes or name.lower().endswith(suffixes)):
+                yield name, size
+
+    def _list_folder(self, folder: str) -> Iterator[tuple[str, int]]:
         path = f"{self._root}/{folder}".rstrip("/")
-        with _plain_errors(self.uri):
+        with plain_errors(self.uri):
             if not self._fs.isdir(path):
                 return
             entries = self._fs.ls(path, detail=True)
-        names = [each["name"].rstrip("/").rsplit("/", 1)[-1] for each in entries]
-        folders = {name for name, each in zip(names, entries, strict=True) if each["type"] == "directory"}
-        for name in sorted(names):
-            if name in folders:
+        found = {each["name"].rstrip("/").rsplit("/", 1)[-1]: each for each in entries}
+        for name in sorted(found):
+            if found[name]["type"] == "directory":
                 yield from self._list_folder(f"{folder}{name}/")
             else:
-                yield f"{folder}{name}"
+                yield f"{folder}{name}", int(found[name]["size"] or 0)
 
-    def _list_s3(self) -> Iterator[str]:
+    def _list_s3(self) -> Iterator[tuple[str, int]]:
         bucket, _, prefix = self._root.partition("/")
         prefix = f"{prefix}/" if prefix else ""
         more: dict[str, str] = {}
         while True:
-            with _plain_errors(self.uri):
+            with plain_errors(self.uri):
                 page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-            yield from (
-                each["Key"][len(prefix) :] for each in page.get("Contents", ()) if not each["Key"].endswith("/")
-            )
+            files = (each for each in page.get("Contents", ()) if not each["Key"].endswith("/"))
+            yield from ((each["Key"][len(prefix) :], each["Size"]) for each in files)
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
+    def check_answers(self) -> Store:
+        """This store, if its endpoint answers and takes the credentials, whether or not the folder is there. An S3
+        endpoint that is down or silent is told within seconds, before any work."""
+        if self.uri.startswith("s3://"):
+            bucket, _, prefix = self._root.partition("/")
+            with plain_errors(self.uri):
+                filesystem("s3", hurried=True).call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        return self
+
     def check_folder(self) -> Store:
         """This store, if its folder (prefix) holds something; FileNotFoundError otherwise."""
-        with _plain_errors(self.uri):
+        with plain_errors(self.uri):
             found = self._fs.isdir(self._root)
         if not found:
-            raise FileNotFoundError(f"there is no folder {self.uri}{_endpoint_hint(self.uri)}")
+            raise FileNotFoundError(f"there is no folder {self.uri}{endpoint_hint(self.uri)}")
         return self
 
     def _call(self, method: str, name: str, *args: Any, **kwargs: Any) -> Any:
         path = f"{self._root}/{check_name(name)}"
-        with _plain_errors(f"{self.uri}/{name}"):
+        with plain_errors(f"{self.uri}/{name}"):
             return getattr(self._fs, method)(path, *args, **kwargs)
 
 
@@ -229,65 +280,43 @@ def check_name(name: str) -> str:
     return name
 
 
-def _filesystem(scheme: str) -> Any:
-    settings = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
-    return _filesystem_for(scheme, settings, os.getpid())
-
-
-@functools.lru_cache(maxsize=8)
-def _filesystem_for(scheme: str, settings: tuple[tuple[str, str], ...], process: int) -> Any:
-    """One connection pool for each process and state of the environment, which fsspec's own cache ignores."""
-    del process
-    if scheme != "s3":
-        return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
-    names = {name for name, _ in settings}
-    custom = not names.isdisjoint({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
-    config: dict[str, Any] = {
-        "connect_timeout": CONNECT_SECONDS,
-        "read_timeout": READ_SECONDS,
-        "retries": {"mode": "standard", "total_max_attempts": ATTEMPTS},
-        "max_pool_connections": 32,
-    }
-    if custom:  # bucket.127.0.0.1 is no host
-        config["s3"] = {"addressing_style": "path"}
-    return fsspec.filesystem("s3", config_kwargs=config, skip_instance_cache=True, use_listings_cache=False)
-
-
 @contextmanager
-def _plain_errors(uri: str) -> Iterator[None]:
-    """Turn what fsspec, botocore and the kernel raise into the three errors that `Store` promises."""
+def _nameless_file() -> Iterator[Path]:
+    """A way to a temporary file that no folder lists: it goes with its process, however that ends."""
+    folder = tempfile.gettempdir()
+    with full_disk_told(Path(folder)), tempfile.TemporaryFile(dir=folder) as file:
+        yield Path(f"/proc/self/fd/{file.fileno()}")
+
+
+def _rename(part: Path, target: Path, *, replace: bool = True) -> bool:
+    """Give a finished file its name; False where there is one already that is not to be replaced."""
+    with plain_errors(str(target)):
+        if replace:
+            os.replace(part, target)
+            return True
+        try:
+            os.link(part, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS or target.exists():
+                raise
+            os.replace(part, target)
+        return True
+
+
+def _lock(file: BinaryIO, kind: int) -> bool:
+    """Whether the lock was got. Where a file system has no locks nobody gets any, and leftovers stay."""
     try:
-        yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise FileNotFoundError(f"there is no file {uri}{_endpoint_hint(uri)}") from None
-    except (NoCredentialsError, PartialCredentialsError, ProfileNotFound):
-        raise PermissionError(f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
-    except PermissionError as error:
-        raise PermissionError(_refusal(uri, error)) from None
-    except (BotoCoreError, ClientError, OSError, TimeoutError) as error:
-        raise _other_error(uri, error) from None
+        fcntl.flock(file, kind)
+    except OSError:
+        return False
+    return True
 
 
-def _refusal(uri: str, error: PermissionError) -> str:
-    if not uri.startswith("s3://"):
-        return f"no permission for {uri}: check its owner and mode"
-    return f"{uri} was refused ({error}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
-
-
-def _other_error(uri: str, error: Exception) -> Exception:
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return FileNotFoundError(f"there is no file {uri}: the name is too long")
-    if isinstance(error, ParamValidationError):
-        return ValueError(f"{uri} is not a valid URI: write s3://bucket/prefix")
-    if not uri.startswith("s3://"):
-        return ValueError(f"{uri} cannot be used: {error}")
-    return ValueError(f"{uri} cannot be reached{_endpoint_hint(uri)}: {type(error).__name__}: {error}")
-
-
-def _endpoint_hint(uri: str) -> str:
-    if not uri.startswith("s3://"):
-        return ""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return (
-        f" at AWS_ENDPOINT_URL={endpoint.rpartition('@')[2]}" if endpoint else " on AWS (AWS_ENDPOINT_URL is not set)"
-    )
+def _remove_empty(folder: str) -> None:
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # another has removed it, or writes to it again
+            raise

@@ -11,9 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from mrcnn.preprocess import resize_image
 from pipelines.config import Encoding
-from pipelines.rle import bitmap_from_ends, ends_from_bitmap
 
 Pixels = NDArray[np.uint8]
 
@@ -26,23 +24,30 @@ class DecodeError(ValueError):
     """The bytes are not an image that can be used; the message says why."""
 
 
-def decode(data: bytes) -> Pixels:
-    """Any image file as the RGB that a viewer shows: upright, alpha over white, 16 bit scaled to 8, first
-    frame.
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """Any image file as the RGB that a viewer shows: upright, alpha over white, 16 bit as 8, first frame.
 
-    simplejpeg for ordinary JPEGs, Pillow for all else. Raises DecodeError.
+    simplejpeg for ordinary JPEGs, Pillow for all else. Colour profiles are not applied: networks are trained on, and
+    the peers read, the numbers as they are stored. CMYK becomes RGB by Pillow's formula, and JPEG's CMYK is taken for
+    inverted, as Adobe writes it and browsers read it.
+    Raises DecodeError, also for an image of more than `max_pixels`; above Pillow's own bound, see `allow_pixels`.
     """
     if not data:
         raise DecodeError("the file is empty")
-    image = _decode_jpeg(data) if simplejpeg.is_jpeg(data) else None
-    return _decode_any(data) if image is None else image
+    image = _decode_jpeg(data, max_pixels) if simplejpeg.is_jpeg(data) else None
+    return _decode_any(data, max_pixels) if image is None else image
 
 
-def _decode_jpeg(data: bytes) -> Pixels | None:
+def allow_pixels(max_pixels: int) -> None:
+    """Raise Pillow's own bound in this process: it has but one for all images."""
+    Image.MAX_IMAGE_PIXELS = max(MAX_PIXELS, max_pixels)
+
+
+def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
     """None where Pillow has to look at it: CMYK, or damage that libjpeg warns of and Pillow may forgive."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(height, width)
+        _check_size(height, width, max_pixels)
         if colorspace not in ("YCbCr", "RGB", "Gray"):
             return None
         image = simplejpeg.decode_jpeg(data, colorspace="RGB")
@@ -50,16 +55,20 @@ def _decode_jpeg(data: bytes) -> Pixels | None:
         raise
     except ValueError:
         return None
-    return image if b"Exif\0\0" not in data[:65536] else _upright(image, data)
+    return _upright(image, data) if b"Exif\0\0" in data else image
 
 
 def _upright(image: Pixels, data: bytes) -> Pixels:
-    """Turn and mirror as the EXIF orientation says (1: as stored, ... 8)."""
     try:
         with Image.open(io.BytesIO(data)) as header:
             orientation = header.getexif().get(ORIENTATION, 1)
     except Exception:  # as in _decode_any; unreadable EXIF is no EXIF
         return image
+    return _turned(image, orientation)
+
+
+def _turned(image: Pixels, orientation: int) -> Pixels:
+    """Turn and mirror as the EXIF orientation says (1: as stored, ... 8)."""
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):
@@ -69,11 +78,12 @@ def _upright(image: Pixels, data: bytes) -> Pixels:
     return np.ascontiguousarray(image)
 
 
-def _decode_any(data: bytes) -> Pixels:
+def _decode_any(data: bytes, max_pixels: int) -> Pixels:
     try:
         with Image.open(io.BytesIO(data)) as image:
-            _check_size(image.height, image.width)
-            orientation = image.getexif().get(ORIENTATION, 1)
+            _check_size(image.height, image.width, max_pixels)
+            image.load()
+            orientation = image.getexif().get(ORIENTATION, 1)  # after load(), which itself turns a TIFF
             pixels = _to_rgb(image)
     except UnidentifiedImageError:
         raise DecodeError("not an image of a known format") from None
@@ -83,7 +93,7 @@ def _decode_any(data: bytes) -> Pixels:
         raise
     except Exception as error:  # Pillow's plug-ins raise whatever: RuntimeError, struct.error, zlib.error, ...
         raise DecodeError(f"damaged image: {error}") from None
-    return pixels if orientation == 1 else _upright(pixels, data)
+    return _turned(pixels, orientation)
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
@@ -104,17 +114,9 @@ def _from_deep_gray(gray: NDArray[np.integer]) -> Pixels:
     return np.repeat(eight[..., None], 3, axis=2)
 
 
-def _check_size(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise DecodeError(f"decompression bomb: {width} x {height} pixels, the bound is {MAX_PIXELS}")
-
-
-def resize_mask(ends: NDArray[np.int64], size: tuple[int, int], new_size: tuple[int, int]) -> NDArray[np.int64]:
-    """Resize a mask given as run ends (see rle.py): a new pixel is set where at least half of it was."""
-    if size == new_size:
-        return ends
-    gray = bitmap_from_ends(ends, *size) * np.uint8(255)
-    return ends_from_bitmap(resize_image(gray[:, :, None].repeat(3, axis=2), *new_size)[:, :, 0] >= 128)
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise DecodeError(f"decompression bomb: {width} x {height} pixels, the bound is {max_pixels}")
 
 
 def use_one_thread() -> None:

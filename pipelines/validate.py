@@ -1,7 +1,4 @@
-"""COCO annotation -> instance of a row, scaled to the stored image, or the reason why not.
-
-Boxes are clipped to the image. Polygons, run lengths, keypoints and area are scaled with it.
-"""
+"""COCO annotation -> instance, or the reason why not. Boxes are clipped to the image."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.rle import Ends, ends_from_counts
-from pipelines.scaling import Scaling, scale_keypoints, scale_points, scale_rle
+from pipelines.scaling import rle_of
 
 FAR = 1.0  # image sides by which a polygon may leave the image: farther is a mistake, and slow to rasterise
 
@@ -21,21 +18,21 @@ class AnnotationError(ValueError):
     """An annotation that cannot be used; the message is the reject's reason."""
 
 
-def to_instance(annotation: dict[str, Any], scaling: Scaling) -> dict[str, Any]:
-    """Instance as in pipelines/schema.py. Raises AnnotationError."""
-    box = _box(annotation.get("bbox"), scaling)
+def to_instance(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    """Instance as in pipelines/schema.py, of an image of (height, width), not resized. Raises AnnotationError."""
+    box = _box(annotation.get("bbox"), size)
     iscrowd = annotation.get("iscrowd", 0)
     if iscrowd not in (0, 1):
         raise AnnotationError(f"iscrowd is neither 0 nor 1: {iscrowd!r}")
-    segmentation = _segmentation(annotation.get("segmentation"), scaling)
+    segmentation = _segmentation(annotation.get("segmentation"), size)
     return {
         "label": annotation["label"],
         "category_id": annotation["category_id"],
         "box": box,
-        "area": _area(annotation.get("area"), annotation["bbox"], scaling),
+        "area": _area(annotation.get("area"), annotation["bbox"]),
         "iscrowd": bool(iscrowd),
         "segmentation": segmentation,
-        "keypoints": _keypoints(annotation.get("keypoints"), scaling),
+        "keypoints": _keypoints(annotation.get("keypoints")),
     }
 
 
@@ -48,32 +45,32 @@ def _numbers(value: Any, what: str) -> list[float]:
     return [float(each) for each in value]
 
 
-def _box(bbox: Any, scaling: Scaling) -> list[float]:
+def _box(bbox: Any, size: tuple[int, int]) -> list[float]:
     numbers = _numbers(bbox, "box")
     if len(numbers) != 4:
         raise AnnotationError(f"box does not have four numbers: it has {len(numbers)}")
     x, y, width, height = numbers
     if width <= 0 or height <= 0:
         raise AnnotationError(f"box has no extent: {width:g} x {height:g}")
-    rows, columns = scaling.before
+    rows, columns = size
     left, right = max(x, 0.0), min(x + width, float(columns))
     top, bottom = max(y, 0.0), min(y + height, float(rows))
     if left >= right or top >= bottom:
         raise AnnotationError(f"box lies outside the image: {numbers} in {columns} x {rows}")
-    return [left * scaling.x, top * scaling.y, right * scaling.x, bottom * scaling.y]
+    return [left, top, right, bottom]
 
 
-def _area(area: Any, bbox: Sequence[float], scaling: Scaling) -> float:
+def _area(area: Any, bbox: Sequence[float]) -> float:
     """The annotation's own area, which pycocotools sorts by; the box's where there is none."""
     if area is None:
         area = bbox[2] * bbox[3]
     (value,) = _numbers([area], "area")
     if value < 0:
         raise AnnotationError(f"area is negative: {value:g}")
-    return value * scaling.x * scaling.y
+    return value
 
 
-def _keypoints(keypoints: Any, scaling: Scaling) -> list[float] | None:
+def _keypoints(keypoints: Any) -> list[float] | None:
     if keypoints is None or keypoints == []:
         return None
     numbers = _numbers(keypoints, "keypoints")
@@ -82,22 +79,22 @@ def _keypoints(keypoints: Any, scaling: Scaling) -> list[float] | None:
     wrong = [v for v in numbers[2::3] if v not in (0, 1, 2)]
     if wrong:
         raise AnnotationError(f"keypoint visibility is neither 0, 1 nor 2: {wrong[0]:g}")
-    return scale_keypoints(np.array(numbers), scaling)
+    return numbers
 
 
-def _segmentation(value: Any, scaling: Scaling) -> dict[str, Any] | None:
+def _segmentation(value: Any, size: tuple[int, int]) -> dict[str, Any] | None:
     if value is None or value == []:
         return None
     if isinstance(value, dict):
-        return {"polygons": None, "rle": scale_rle(_rle_ends(value, scaling.before), scaling)}
+        return {"polygons": None, "rle": rle_of(_rle_ends(value, size), size)}
     if not isinstance(value, list):
         raise AnnotationError("segmentation is neither polygons nor run lengths")
-    return {"polygons": _polygons(value, scaling), "rle": None}
+    return {"polygons": _polygons(value, size), "rle": None}
 
 
-def _polygons(value: list[Any], scaling: Scaling) -> list[list[float]]:
-    scaled, total = [], 0.0
-    rows, columns = scaling.before
+def _polygons(value: list[Any], size: tuple[int, int]) -> list[list[float]]:
+    found, total = [], 0.0
+    rows, columns = size
     for each in value:
         numbers = _numbers(each, "polygon")
         if len(numbers) < 6 or len(numbers) % 2:
@@ -106,10 +103,10 @@ def _polygons(value: list[Any], scaling: Scaling) -> list[list[float]]:
         if max((abs(x - columns / 2) / columns).max(), (abs(y - rows / 2) / rows).max()) > 0.5 + FAR:
             raise AnnotationError("polygon lies far outside the image")
         total += abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
-        scaled.append(scale_points(numbers, scaling))
+        found.append(numbers)
     if total == 0:
         raise AnnotationError("polygon has no area")
-    return scaled
+    return found
 
 
 def _rle_ends(rle: dict[str, Any], size: tuple[int, int]) -> Ends:

@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", r"ignore:`\w+` is deprecated:DeprecationWarning:ray\.data\.context")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One process runs all that may need a Ray or an S3 server, of which there is one of each; the model's tests, which
     need neither, are run by others beside it."""

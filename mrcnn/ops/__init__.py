@@ -1,4 +1,5 @@
-"""Compiled operators for the CPU and for CUDA: RoI pooling of a feature pyramid and of run-length masks, and NMS.
+"""Compiled operators for the CPU and for CUDA: RoI pooling of a feature pyramid and of run-length masks, NMS,
+and, for the CPU alone, resizing of run-length masks.
 
 `mrcnn.ops.reference` has the same functions in plain PyTorch. Shape letters as in `mrcnn.structures`.
 """
@@ -10,7 +11,7 @@ import torch
 from mrcnn.ops import _library  # noqa: F401  importing it registers torch.ops.mrcnn
 from mrcnn.ops.multilevel import assign_levels, multilevel_roi_pool
 from mrcnn.ops.nms import nms
-from mrcnn.ops.rle import rle_roi_align
+from mrcnn.ops.rle import resize_masks, rle_roi_align
 from mrcnn.ops.roi import precise_roi_pool, roi_align, roi_pool, roi_warp
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "multilevel_roi_pool",
     "nms",
     "precise_roi_pool",
+    "resize_masks",
     "rle_roi_align",
     "roi_align",
     "roi_pool",

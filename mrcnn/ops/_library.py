@@ -125,6 +125,14 @@ def _rle_roi_align_fake(
     return rois.new_empty(rois.shape[0], output_size, output_size)
 
 
+@torch.library.register_fake("mrcnn::resize_masks")
+def _resize_masks_fake(
+    ends: Tensor, offsets: Tensor, height: int, width: int, new_height: int, new_width: int
+) -> tuple[Tensor, Tensor]:
+    runs = torch.library.get_ctx().new_dynamic_size()  # depends on the outlines
+    return ends.new_empty(runs), torch.empty_like(offsets)
+
+
 @torch.library.register_fake("mrcnn::nms")
 def _nms_fake(boxes: Tensor, groups: Tensor, counts: Tensor, iou_threshold: float, top_n: int) -> Tensor:
     return groups.new_empty(boxes.shape[0], top_n)

@@ -154,6 +154,27 @@ def rle_roi_align(
     return targets
 
 
+def resize_masks(masks: RunLengthMasks, *, size: tuple[int, int], new_size: tuple[int, int]) -> list[Tensor]:
+    """`mrcnn.ops.resize_masks` as a product of weights and pixels; (H, W) bool of each mask that has runs."""
+    rows, columns = (_triangle_weights(*lengths) for lengths in zip(size, new_size, strict=True))
+    resized = []
+    for i in range(len(masks.offsets) - 1):
+        runs = masks.ends[masks.offsets[i] : masks.offsets[i + 1]]
+        if len(runs):
+            halfway = torch.floor(decode(runs, *size).double() @ columns.T * 255 + 0.5 + 1e-6)
+            resized.append(rows @ halfway >= 127.5 - 1e-6)
+    return resized
+
+
+def _triangle_weights(before: int, after: int) -> Tensor:
+    """(after, before) float64: how much of each source pixel is in each pixel, for the antialiased bilinear filter."""
+    scale = before / after
+    centres = (torch.arange(after, dtype=torch.float64)[:, None] + 0.5) * scale
+    distance = (torch.arange(before, dtype=torch.float64) + 0.5 - centres).abs()
+    weights = (1 - distance / max(scale, 1.0)).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
 def nms(boxes: Tensor, scores: Tensor, groups: Tensor, *, iou_threshold: float, top_n: int) -> tuple[Tensor, Tensor]:
     """`mrcnn.ops.nms`, box by box, with its arguments and its result."""
     kept = torch.zeros(boxes.shape[0], min(top_n, boxes.shape[1]), dtype=torch.int64, device=boxes.device)

@@ -1,72 +1,199 @@
-"""COCO instances and person keypoints: one JSON file -> image records."""
+"""COCO instances, person keypoints or image_info (unlabeled, test): one JSON file -> image records.
+
+The file is read as a stream. Of its annotations the driver keeps only the text, by image; the tasks parse it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from mrcnn.structures import Category
-from pipelines.records import ImageRecord, Reject, RejectedAnnotation, SourceData
-from pipelines.storage import Store, check_name, read_uri
+from pipelines.config import BuildConfig
+from pipelines.records import ImageRecord, Images, Objects, Reject, RejectedAnnotation, SourceData
+from pipelines.sources.json_stream import Element, JsonObject, file_blocks
+from pipelines.sources.names import name_fault, shown_uri
+from pipelines.storage import open_store, split_uri
 
 INT64, INT32 = 2**63, 2**31
-KEPT = ("id", "category_id", "bbox", "area", "iscrowd", "segmentation", "keypoints")
+KEPT = ("bbox", "area", "iscrowd", "segmentation", "keypoints")
 
 
-def read_coco(annotations: str, images: Store) -> SourceData:
-    """Parse a COCO file (whole, in memory); `images` is the folder of the file names in it.
+def read_coco(config: BuildConfig) -> SourceData:
+    """Records of the images in `config.annotations`, whose file names are relative to `config.images`.
 
-    Labels are 1..K by rising category id. An image or annotation that cannot be used is a reject. An annotation has as
-    many keypoints as its category names, or none; where the category names none, keypoints are kept, but no model is
-    trained on them. Raises ValueError, naming the file and what is wrong with it, where it is not COCO at all.
+    Labels are 1..K by rising category id. An image that cannot be used is a reject, and so is an annotation of no such
+    image. A file without annotations (image_info) may lack categories, too. An id may be written as 1.0, not as "1".
+    Raises ValueError, naming the file and what is wrong with it, where it is not COCO at all or too large for memory.
     """
-    data = read_uri(annotations)
-    try:
-        content = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{annotations} is not valid JSON ({error}): is it cut off, or another file?") from None
-    _check_shape(content, annotations)
-    categories = _categories(content["categories"], annotations)
-    images_listed, annotations_listed = content["images"], content.get("annotations", [])
-    records, rejects = _images(images_listed, images)
-    labels = {category.id: label for label, category in enumerate(categories, start=1)}
-    keypoints = {category.id: len(category.keypoints) for category in categories}
-    lost = {each.image_id: each for each in rejects if each.image_id is not None}
-    rejected = _attach(annotations_listed, _Index(images, records, lost, labels, keypoints))
+    assert config.annotations is not None
+    images = open_store(config.images).check_folder()
+    content, sha256 = _parse(config.annotations)
+    records = content.records()
     return SourceData(
-        categories=categories,
-        records=list(records.values()),
-        rejects=rejects,
-        rejected_annotations=rejected,
-        images=len(images_listed),
-        annotations=len(annotations_listed),
-        sha256=hashlib.sha256(data).hexdigest(),
+        images_at=images,
+        categories=_categories(content.categories, config.annotations),
+        records=records,
+        rejects=[Reject(shown_uri(images, each.name), each.image_id, "source", each.reason) for each in content.lost],
+        images=len(records) + len(content.lost),
+        sha256=sha256,
+        rejected_annotations=list(content.rejected_annotations(images)),
+        annotations=content.annotations,
     )
 
 
-def _check_shape(content: Any, name: str) -> None:
-    if not isinstance(content, dict):
-        raise ValueError(f"{name} is not COCO: a {type(content).__name__} where an object with 'images' should be")
-    for key in ("images", "categories"):
-        if not isinstance(content.get(key), list):
-            raise ValueError(f"{name} is not COCO: it has no list {key!r} (it has {', '.join(content) or 'nothing'})")
-        if not content[key]:
+def coco_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequence[Category]) -> Objects:
+    """The annotations in a record. One has as many keypoints as its category names, or none; where the category names
+    none, keypoints are kept, but no model is trained on them."""
+    assert not files
+    objects = Objects(height=record.height, width=record.width)
+    labels = {category.id: label for label, category in enumerate(categories, start=1)}
+    for each in json.loads(record.annotations or "[]"):
+        id_, category_id = whole(each.get("id"), INT64), whole(each.get("category_id"), INT32)
+        if id_ is None:
+            objects.rejected.append((None, f"annotation id is not a whole number: {each.get('id')!r}"))
+        elif category_id not in labels:
+            objects.rejected.append((id_, f"unknown category: {each.get('category_id')!r}"))
+        elif fault := _keypoint_fault(each.get("keypoints"), len(categories[labels[category_id] - 1].keypoints)):
+            objects.rejected.append((id_, fault))
+        else:
+            kept = {key: each[key] for key in KEPT if key in each}
+            objects.usable.append({"id": id_, "category_id": category_id, "label": labels[category_id], **kept})
+    return objects
+
+
+def whole(value: Any, bound: int) -> int | None:
+    """A whole number from -bound to bound, also where it is written as 1.0 (as pandas does); None for all else."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    good = isinstance(value, int) and not isinstance(value, bool) and -bound <= value < bound
+    return value if good else None
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """An image of the file that cannot be used."""
+
+    image_id: int | None
+    name: str
+    reason: str
+
+
+@dataclass
+class _Content:
+    """What was in the lists of a file, as far as the driver looks."""
+
+    images: dict[int, tuple[str, int | None, int | None]] = field(default_factory=dict)
+    """File name, height and width by id"""
+    lost: list[_Lost] = field(default_factory=list)
+    categories: list[Any] = field(default_factory=list)
+    annotations: int = 0
+    texts: dict[int, list[str]] = field(default_factory=dict)
+    """Annotations by the image id in them, which may be of no image"""
+    rejected: list[tuple[int | None, int | None, str]] = field(default_factory=list)
+    """Image id, annotation id and reason"""
+    seen: set[int] = field(default_factory=set)
+    """Annotation ids"""
+
+    def add(self, element: Element) -> None:
+        value = element.value if isinstance(element.value, dict) else {}
+        if element.key == "images":
+            self._add_image(value)
+        elif element.key == "annotations":
+            self._add_annotation(value, element.text)
+        elif element.key == "categories":
+            self.categories.append(element.value)
+
+    def _add_image(self, image: dict[str, Any]) -> None:
+        id_, name = whole(image.get("id"), INT64), image.get("file_name")
+        height, width = (whole(image.get(side), INT32) for side in ("height", "width"))
+        reason = _image_fault(image) or ("duplicate image id" if id_ in self.images else None)
+        if reason is None:
+            assert id_ is not None
+            assert isinstance(name, str)
+            self.images[id_] = (name, height, width)
+        else:
+            self.lost.append(_Lost(id_, name if isinstance(name, str) else "", reason))
+
+    def _add_annotation(self, annotation: dict[str, Any], text: str) -> None:
+        self.annotations += 1
+        image_id, id_ = (whole(annotation.get(key), INT64) for key in ("image_id", "id"))
+        if id_ is not None and id_ in self.seen:
+            self.rejected.append((image_id, id_, "duplicate annotation id"))
+        elif image_id is None:
+            self.rejected.append((None, id_, f"no such image: image_id {annotation.get('image_id')!r}"))
+        else:
+            self.texts.setdefault(image_id, []).append(text)
+        if id_ is not None:
+            self.seen.add(id_)
+
+    def records(self) -> list[ImageRecord]:
+        """Records of the good images; `texts` keeps only what belongs to none of them."""
+        return [
+            ImageRecord(id_, *image, annotations=f"[{','.join(texts)}]" if (texts := self.texts.pop(id_, None)) else "")
+            for id_, image in self.images.items()
+        ]
+
+    def rejected_annotations(self, images: Images) -> Iterator[RejectedAnnotation]:
+        """Duplicates and those of no image; after `records`."""
+        for image_id, id_, reason in self.rejected:
+            name = self.images[image_id][0] if image_id in self.images else ""
+            yield RejectedAnnotation(shown_uri(images, name) if name else "", image_id, id_, "source", reason)
+        lost = {each.image_id: each for each in self.lost}
+        for image_id, texts in self.texts.items():
+            reason = (
+                f"image rejected: {lost[image_id].reason}"
+                if image_id in lost
+                else f"no such image: image_id {image_id}"
+            )
+            for text in texts:
+                yield RejectedAnnotation("", image_id, whole(json.loads(text).get("id"), INT64), "source", reason)
+
+
+def _parse(uri: str) -> tuple[_Content, str]:
+    """The content of a file and its SHA-256."""
+    digest, content = hashlib.sha256(), _Content()
+    store, name = split_uri(uri)
+
+    def blocks() -> Iterator[bytes]:
+        for block in file_blocks(store, name):
+            digest.update(block)
+            yield block
+
+    parser = JsonObject(blocks(), uri)
+    for element in parser.elements():
+        content.add(element)
+    _check_shape(parser, content, uri)
+    return content, digest.hexdigest()
+
+
+def _check_shape(parser: JsonObject, content: _Content, name: str) -> None:
+    kinds = parser.kinds
+    if parser.kind != "object":
+        raise ValueError(f"{name} is not COCO: a {parser.kind} where an object with 'images' should be")
+    needed = {"images": content.images or content.lost, "categories": content.categories}
+    for key in needed if "annotations" in kinds else ["images"]:
+        if kinds.get(key) != "list":
+            raise ValueError(f"{name} is not COCO: it has no list {key!r} (it has {', '.join(kinds) or 'nothing'})")
+        if not needed[key]:
             raise ValueError(f"{name} has no {key}: give the instances or keypoints file of the data set")
-    if not isinstance(content.get("annotations", []), list):
-        raise ValueError(f"{name} is not COCO: 'annotations' is not a list")
+    for key in ("annotations", "categories"):
+        if kinds.get(key, "list") != "list":
+            raise ValueError(f"{name} is not COCO: {key!r} is not a list")
 
 
 def _categories(listed: list[Any], name: str) -> tuple[Category, ...]:
     found: dict[int, Category] = {}
     for each in listed:
-        good = isinstance(each, dict) and _is_int(each.get("id"), INT32) and isinstance(each.get("name"), str)
-        if not good:
+        id_ = whole(each.get("id"), INT32) if isinstance(each, dict) else None
+        if id_ is None or not isinstance(each.get("name"), str):
             raise ValueError(f"{name}: category {each!r} needs a whole-number 'id' and a 'name'")
-        if each["id"] in found:
-            raise ValueError(f"{name}: category id {each['id']} comes twice: ids must differ")
-        found[each["id"]] = Category(id=each["id"], name=each["name"], keypoints=_keypoint_names(each, name))
+        if id_ in found:
+            raise ValueError(f"{name}: category id {id_} comes twice: ids must differ")
+        found[id_] = Category(id=id_, name=each["name"], keypoints=_keypoint_names(each, name))
     return tuple(found[id_] for id_ in sorted(found))
 
 
@@ -77,86 +204,15 @@ def _keypoint_names(category: dict[str, Any], file_name: str) -> tuple[str, ...]
     return tuple(names)
 
 
-def _images(listed: list[Any], images: Store) -> tuple[dict[int, ImageRecord], list[Reject]]:
-    records: dict[int, ImageRecord] = {}
-    rejects: list[Reject] = []
-    for each in listed:
-        each = each if isinstance(each, dict) else {}
-        reason = _image_fault(each, records)
-        if reason is None:
-            records[each["id"]] = ImageRecord(each["id"], each["file_name"], each.get("height"), each.get("width"))
-            continue
-        name = each.get("file_name")
-        uri = f"{images.uri}/{name}" if isinstance(name, str) else images.uri
-        rejects.append(Reject(uri, each["id"] if _is_int(each.get("id"), INT64) else None, "source", reason))
-    return records, rejects
-
-
-def _image_fault(image: dict[str, Any], seen: dict[int, ImageRecord]) -> str | None:
-    if not _is_int(image.get("id"), INT64):
+def _image_fault(image: dict[str, Any]) -> str | None:
+    if whole(image.get("id"), INT64) is None:
         return f"image id is not a whole number: {image.get('id')!r}"
-    if image["id"] in seen:
-        return "duplicate image id"
     if not isinstance(image.get("file_name"), str):
         return "image has no file_name"
     for side in ("height", "width"):
-        if image.get(side) is not None and not (_is_int(image[side], INT32) and image[side] > 0):
+        if image.get(side) is not None and (whole(image[side], INT32) or 0) <= 0:
             return f"image {side} is not a positive whole number: {image[side]!r}"
-    try:
-        check_name(image["file_name"])
-    except ValueError:
-        return "file name leads out of the image folder"
-    return None
-
-
-@dataclass(frozen=True)
-class _Index:
-    """What annotations refer to."""
-
-    images: Store
-    records: dict[int, ImageRecord]
-    lost: dict[int, Reject]
-    """Rejected images by id"""
-    labels: dict[int, int]
-    """By category id"""
-    keypoints: dict[int, int]
-    """Their number by category id"""
-
-    def uri(self, image_id: int | None) -> str:
-        record = None if image_id is None else self.records.get(image_id)
-        return "" if record is None else self.images.uri_of(record.file_name)
-
-
-def _attach(listed: list[Any], index: _Index) -> list[RejectedAnnotation]:
-    """Append annotations to their images' records; returns those that cannot be."""
-    rejected: list[RejectedAnnotation] = []
-    seen: set[int] = set()
-    for each in listed:
-        each = each if isinstance(each, dict) else {}
-        image_id, annotation_id = (each[key] if _is_int(each.get(key), INT64) else None for key in ("image_id", "id"))
-        reason = "duplicate annotation id" if annotation_id in seen else _annotation_fault(each, index)
-        if reason is None:
-            kept = {key: each[key] for key in KEPT if key in each}
-            label = index.labels[each["category_id"]]
-            index.records[each["image_id"]].annotations.append({**kept, "label": label})
-        else:
-            uri = index.uri(image_id)
-            rejected.append(RejectedAnnotation(uri, image_id, annotation_id, "source", reason))
-        if annotation_id is not None:
-            seen.add(annotation_id)
-    return rejected
-
-
-def _annotation_fault(annotation: dict[str, Any], index: _Index) -> str | None:
-    image_id, category = annotation.get("image_id"), annotation.get("category_id")
-    if not _is_int(image_id, INT64) or image_id not in index.records:
-        lost = index.lost.get(image_id) if _is_int(image_id, INT64) else None
-        return f"image rejected: {lost.reason}" if lost else f"no such image: image_id {image_id!r}"
-    if not _is_int(annotation.get("id"), INT64):
-        return f"annotation id is not a whole number: {annotation.get('id')!r}"
-    if not _is_int(category, INT32) or category not in index.labels:
-        return f"unknown category: {category!r}"
-    return _keypoint_fault(annotation.get("keypoints"), index.keypoints[category])
+    return name_fault(image["file_name"])
 
 
 def _keypoint_fault(keypoints: Any, expected: int) -> str | None:
@@ -164,7 +220,3 @@ def _keypoint_fault(keypoints: Any, expected: int) -> str | None:
     if not expected or not keypoints or not isinstance(keypoints, list) or len(keypoints) == 3 * expected:
         return None
     return f"keypoints are not those of the category: {len(keypoints)} numbers for {expected} keypoints"
-
-
-def _is_int(value: object, bound: int) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and -bound <= value < bound

@@ -16,7 +16,7 @@ from jobs.evaluate import JudgedRow, check_categories, evaluate, found_kinds, ju
 from jobs.worker import ap_metrics
 from mrcnn import Category, Detections, KeypointConfig, MaskConfig, MaskRCNN, ModelConfig, save_model
 from pipelines.build import BuildConfig, build
-from pipelines.loader import ShardDataset
+from pipelines.dataset import ShardDataset
 from pipelines.toy import ToySummary, make_toy_data
 
 
@@ -133,7 +133,10 @@ def pointed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Shar
     """Toy data with keypoints, at half its size."""
     folder = tmp_path_factory.mktemp("pointed")
     toy = make_toy_data(str(folder / "toy"), images=6, seed=2, size=96, keypoints=True)
-    config = BuildConfig(toy.images_uri, toy.annotations_uri, str(folder / "shards"), shorter_side=48, longer_side=80)
+    config = BuildConfig(
+        images=toy.images_uri, annotations=toy.annotations_uri, out=str(folder / "shards"),
+        shorter_side=48, longer_side=80,
+    )  # fmt: skip
     build(config)
     return ShardDataset(config.out)
 

@@ -22,8 +22,9 @@ from jobs.predict import PredictSummary, predict
 from mrcnn import Category, InputConfig, KeypointConfig, MaskConfig, MaskRCNN, load_model, save_model
 from mrcnn.evaluation import evaluate_coco
 from mrcnn.weights import model_files
-from pipelines.loader import ShardDataset
+from pipelines.dataset import ShardDataset
 from pipelines.predict import PREDICTIONS, Chunk, ChunkPredictor, PredictSettings
+from pipelines.sources.names import image_ids
 from pipelines.storage import open_store
 from pipelines.toy import ToySummary
 
@@ -80,7 +81,9 @@ def test_every_image_is_a_row_or_a_reject(first: tuple[PredictSummary, Path], im
     assert (summary.images, summary.images_made, summary.overlays) == (IMAGES, IMAGES, 3)
     assert [(r["uri"], r["stage"]) for r in rejects] == [(str(images / BROKEN), "decode")]
     assert len(found) == IMAGES - 1
-    assert sorted([r["image_id"] for r in found + rejects]) == list(range(1, IMAGES + 1))
+    names = [str(Path(r["uri"]).relative_to(images)) for r in found + rejects]
+    assert [r["image_id"] for r in found + rejects] == image_ids(names)
+    assert len(set(names)) == IMAGES
     assert [r["uri"] for r in found] == sorted(r["uri"] for r in found)
     assert summary.detections == sum(len(r["detections"]) for r in found) > 0
     assert "18 images, 1 rejects" in str(summary)

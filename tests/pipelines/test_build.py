@@ -6,8 +6,9 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 
 from pipelines import build as build_module
 from pipelines.build import BuildConfig, build
-from pipelines.loader import ShardDataset
+from pipelines.dataset import ShardDataset
 from pipelines.manifest import Manifest
-from pipelines.schema import SHARD
+from pipelines.schema import SCHEMA_VERSION, SHARD
 from pipelines.shard_task import PROGRESS
 from pipelines.storage import open_store
 from pipelines.toy import ToySummary
@@ -48,7 +50,7 @@ def copy(toy_data: ToySummary, tmp_path: Path) -> Path:
 def config(copy: Path, tmp_path: Path) -> BuildConfig:
     return BuildConfig(
         images=str(copy / "images"), annotations=str(copy / "annotations.json"), out=str(tmp_path / "out"),
-        shorter_side=64, longer_side=128, rows_per_shard=5,
+        shorter_side=64, longer_side=128, rows_per_shard=5, max_reject_share=1.0, max_rejected_annotation_share=1.0,
     )  # fmt: skip
 
 
@@ -137,9 +139,9 @@ def test_same_bytes_on_disk_and_s3_with_one_task_or_many(
     assert {"manifest.json", "rejects.parquet", "shard-00000.arrow", "shard-00003.arrow"} < expected.keys()
     build(replace(toy_config, out=f"{s3}/shards"))
     assert checksums(f"{s3}/shards") == expected
-    from_items = build_module.ray.data.from_items
+    from_items = ray.data.from_items
     with monkeypatch.context() as patch:  # all shards in one block, so one after another in one task
-        patch.setattr(build_module.ray.data, "from_items", lambda items, **_: from_items(items, override_num_blocks=1))
+        patch.setattr(ray.data, "from_items", lambda items, **_: from_items(items, override_num_blocks=1))
         build(replace(toy_config, out=str(tmp_path)))
     assert checksums(str(tmp_path)) == expected
 
@@ -166,14 +168,14 @@ def test_goes_on_where_it_stopped(
 ) -> None:  # fmt: skip
     out = str(tmp_path / "out") if where == "disk" else f"{request.getfixturevalue('s3')}/stopped"
     config = replace(toy_config, out=out)
-    run = build_module._run
+    run = build_module.run_tasks
 
-    def run_two(shards: build_module.Shards, settings: Any) -> Any:
-        run(dict(list(shards.items())[:2]), settings)
+    def run_two(function: Any, tasks: Iterator[Any]) -> Iterator[Any]:
+        yield from run(function, islice(tasks, 2))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "_run", run_two)
+        patch.setattr(build_module, "run_tasks", run_two)
         with pytest.raises(KeyboardInterrupt):
             build(config)
     with pytest.raises(FileNotFoundError, match="no finished shards"):
@@ -256,7 +258,7 @@ def test_a_failing_task_ends_the_build_in_words(config: BuildConfig, copy: Path)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"shorter_side": 0}, {"longer_side": 10}, {"rows_per_shard": 0}, {"encoding": "gif"}]
+    "wrong", [{"shorter_side": -1}, {"longer_side": 10}, {"rows_per_shard": 0}, {"encoding": "gif"}]
 )
 def test_nonsense_settings(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
@@ -272,9 +274,10 @@ def test_manifest_tells_damage(config: BuildConfig) -> None:
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"manifest\.json"):
             Manifest.read(store)
-    path.write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
-    with pytest.raises(ValueError, match="schema version 2"):
-        Manifest.read(store)
+    for other in (1, SCHEMA_VERSION + 1):
+        path.write_text(text.replace(f'"schema_version": {SCHEMA_VERSION}', f'"schema_version": {other}'))
+        with pytest.raises(ValueError, match=f"has schema version {other}, .* reads {SCHEMA_VERSION}: build the data"):
+            Manifest.read(store)
 
 
 def test_damaged_shard_is_told(config: BuildConfig) -> None:
@@ -306,7 +309,14 @@ def test_no_progress_folder_is_left(toy_shards: str) -> None:
 @pytest.mark.coco100
 def test_real_images(coco100: Path, tmp_path: Path) -> None:
     annotations = str(coco100 / "annotations/instances_val2017.json")
-    summary = build(BuildConfig(str(coco100 / "val2017"), annotations, str(tmp_path), rows_per_shard=16))
+    summary = build(
+        BuildConfig(
+            images=str(coco100 / "val2017"),
+            annotations=annotations,
+            out=str(tmp_path),
+            rows_per_shard=16,
+        )
+    )
     assert summary.totals.rows == 50
     assert summary.totals.instances == summary.totals.annotations == 382
     dataset = ShardDataset(str(tmp_path))

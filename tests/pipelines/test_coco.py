@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from pipelines.config import BuildConfig
+from pipelines.records import ImageRecord, Objects, SourceData
 from pipelines.rle import bitmap_from_ends, segmentation_ends
-from pipelines.scaling import Scaling
-from pipelines.sources.coco import read_coco
-from pipelines.storage import open_store
+from pipelines.scaling import Scaling, scale_instance
+from pipelines.sources.coco import coco_objects, read_coco
 from pipelines.validate import AnnotationError, to_instance
 
-IMAGES = open_store("/images")
 SQUARE = [1.0, 1.0, 5.0, 1.0, 5.0, 5.0, 1.0, 5.0]
-SAME = Scaling(before=(10, 12), after=(10, 12))
+SIZE = (10, 12)
 
 
 def image(id_: Any = 1, **other: Any) -> dict[str, Any]:
@@ -30,6 +30,17 @@ def annotation(id_: Any = 1, **other: Any) -> dict[str, Any]:
     return {"id": id_, **common, "segmentation": [SQUARE], **other}
 
 
+def read(path: str) -> SourceData:
+    images = Path(path).parent / "images"
+    images.mkdir(exist_ok=True)
+    return read_coco(BuildConfig(images=str(images), annotations=path, out="unused"))
+
+
+def objects(source: SourceData, record: ImageRecord | None = None) -> Objects:
+    """Of the first record, if no other is given."""
+    return coco_objects(record or source.records[0], (), source.categories)
+
+
 def coco(tmp_path: Path, **parts: Any) -> str:
     categories = [{"id": 7, "name": "seven"}, {"id": 3, "name": "three"}]
     content = {"images": [image()], "annotations": [annotation()], "categories": categories, **parts}
@@ -39,9 +50,9 @@ def coco(tmp_path: Path, **parts: Any) -> str:
 
 
 def test_labels_follow_sorted_category_ids(tmp_path: Path) -> None:
-    source = read_coco(coco(tmp_path), IMAGES)
+    source = read(coco(tmp_path))
     assert [(each.id, each.name) for each in source.categories] == [(3, "three"), (7, "seven")]
-    assert source.records[0].annotations[0]["label"] == 2
+    assert [each["label"] for each in objects(source).usable] == [2]
 
 
 @pytest.mark.parametrize(
@@ -51,9 +62,10 @@ def test_labels_follow_sorted_category_ids(tmp_path: Path) -> None:
         ('{"images": [', "not valid JSON"),
         ("[1, 2]", "a list where an object"),
         ("{}", "no list 'images'"),
-        ('{"images": [{}]}', "no list 'categories'"),
+        ('{"images": [{}], "annotations": []}', "no list 'categories'"),
+        ('{"images": [{}], "categories": {}}', "'categories' is not a list"),
         ('{"images": [], "categories": [1]}', "no images"),
-        ('{"images": [{}], "categories": []}', "no categories"),
+        ('{"images": [{}], "categories": [], "annotations": []}', "no categories"),
         ('{"images": [{}], "categories": [{"id": "x"}]}', "category"),
         ('{"images": [{}], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "twice"),
         ('{"images": [{}], "categories": [{"id": 1, "name": "a"}], "annotations": 3}', "not a list"),
@@ -65,7 +77,7 @@ def test_what_is_not_coco_is_refused(tmp_path: Path, text: str, message: str) ->
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        read_coco(str(path), IMAGES)
+        read(str(path))
     assert str(path) in str(error.value)
 
 
@@ -80,10 +92,17 @@ def test_what_is_not_coco_is_refused(tmp_path: Path, text: str, message: str) ->
         (image(2, height=0), "image height is not"),
         (image(2, width=float("nan")), "image width is not"),
         ("text", "image id is not"),
+        (image(1.5), "image id is not a whole number: 1.5"),
+        (image("2"), "image id is not a whole number: '2'"),
+        (image(True), "image id is not a whole number: True"),
+        (image(2**63), "image id is not a whole number"),
+        (image(1.0), "duplicate image id"),
+        (image(2, file_name="a\0b"), "file name leads out"),
+        (image(2, file_name="a\ud800.jpg"), "file name is not Unicode"),
     ],
 )
 def test_bad_images_are_rejected(tmp_path: Path, bad: Any, reason: str) -> None:
-    source = read_coco(coco(tmp_path, images=[image(), bad]), IMAGES)
+    source = read(coco(tmp_path, images=[image(), bad]))
     assert len(source.records) == 1
     (reject,) = source.rejects
     assert reject.stage == "source"
@@ -94,19 +113,59 @@ def test_bad_images_are_rejected(tmp_path: Path, bad: Any, reason: str) -> None:
     ("bad", "reason"),
     [
         (annotation(1), "duplicate annotation id"),
-        (annotation("x"), "annotation id is not"),
+        (annotation(1.0), "duplicate annotation id"),
         (annotation(2, image_id=99), "no such image: image_id 99"),
-        (annotation(2, category_id=8), "unknown category: 8"),
+        (annotation(2, image_id="1"), "no such image: image_id '1'"),
         (annotation(2, image_id=5), "image rejected: image has no file_name"),
         (None, "no such image"),
     ],
 )
-def test_bad_annotations_are_rejected(tmp_path: Path, bad: Any, reason: str) -> None:
+def test_annotations_of_no_image_are_rejected(tmp_path: Path, bad: Any, reason: str) -> None:
     images = [image(), image(5, file_name=3)]
-    source = read_coco(coco(tmp_path, images=images, annotations=[annotation(), bad]), IMAGES)
-    assert len(source.records[0].annotations) == 1
+    source = read(coco(tmp_path, images=images, annotations=[annotation(), bad]))
+    assert len(objects(source).usable) == 1
     (reject,) = source.rejected_annotations
+    assert reject.stage == "source"
     assert reject.reason.startswith(reason)
+    assert source.annotations == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (annotation("x"), "annotation id is not a whole number: 'x'"),
+        (annotation(2.5), "annotation id is not a whole number: 2.5"),
+        (annotation(2, category_id=8), "unknown category: 8"),
+        (annotation(2, category_id=None), "unknown category: None"),
+        (annotation(2, category_id="7"), "unknown category: '7'"),
+    ],
+)
+def test_bad_annotations_are_rejected(tmp_path: Path, bad: Any, reason: str) -> None:
+    found = objects(read(coco(tmp_path, annotations=[annotation(), bad])))
+    assert [each["id"] for each in found.usable] == [1]
+    assert [why for _, why in found.rejected] == [reason]
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
+    """As pandas writes a column in which one value was missing."""
+    source = read(
+        coco(tmp_path, images=[image(1.0, height=10.0)], annotations=[annotation(1.0, image_id=1.0, category_id=7.0)])
+    )
+    (record,) = source.records
+    assert (record.image_id, record.height, type(record.height)) == (1, 10, int)
+    assert [(each["id"], each["category_id"]) for each in objects(source).usable] == [(1, 7)]
+    assert not source.rejected_annotations
+
+
+def test_image_info_has_images_alone(tmp_path: Path) -> None:
+    """test2017 has categories, an unlabeled set may have none."""
+    path = tmp_path / "image_info.json"
+    path.write_text(json.dumps({"images": [image()], "categories": [{"id": 7, "name": "seven"}]}))
+    source = read(str(path))
+    assert [each.name for each in source.categories] == ["seven"]
+    assert (len(source.records), source.annotations, objects(source)) == (1, 0, Objects(height=10, width=12))
+    path.write_text(json.dumps({"images": [image()]}))
+    assert read(str(path)).categories == ()
 
 
 def test_keypoints_are_as_many_as_their_category_names(tmp_path: Path) -> None:
@@ -119,13 +178,12 @@ def test_keypoints_are_as_many_as_their_category_names(tmp_path: Path) -> None:
         annotation(4, category_id=3, keypoints=one),
         annotation(5),
     ]
-    source = read_coco(coco(tmp_path, annotations=annotations, categories=categories), IMAGES)
+    source = read(coco(tmp_path, annotations=annotations, categories=categories))
     assert [each.keypoints for each in source.categories] == [(), ("left_eye", "right_eye")]
-    assert [each["id"] for each in source.records[0].annotations] == [1, 2, 4, 5]
-    (reject,) = source.rejected_annotations
-    assert reject.annotation_id == 3
-    assert reject.reason == "keypoints are not those of the category: 3 numbers for 2 keypoints"
-    kept = [to_instance(each, SAME)["keypoints"] for each in source.records[0].annotations]
+    found = objects(source)
+    assert [each["id"] for each in found.usable] == [1, 2, 4, 5]
+    assert found.rejected == [(3, "keypoints are not those of the category: 3 numbers for 2 keypoints")]
+    kept = [to_instance(each, SIZE)["keypoints"] for each in found.usable]
     assert kept == [both, None, one, None]
 
 
@@ -162,13 +220,13 @@ def test_keypoints_are_as_many_as_their_category_names(tmp_path: Path) -> None:
 )
 def test_unusable_geometry_has_its_reason(wrong: dict, reason: str) -> None:
     with pytest.raises(AnnotationError, match=reason):
-        to_instance({**annotation(), "label": 2, **wrong}, SAME)
+        to_instance({**annotation(), "label": 2, **wrong}, SIZE)
 
 
 def test_everything_is_scaled_with_the_image() -> None:
     scaling = Scaling(before=(10, 12), after=(20, 36))
     given = annotation(label=2, keypoints=[1, 2, 2, 0, 0, 0])
-    instance = to_instance(given, scaling)
+    instance = scale_instance(to_instance(given, scaling.before), scaling)
     assert instance["box"] == [3, 2, 15, 10]
     assert instance["area"] == 16 * 6
     assert instance["segmentation"]["polygons"] == [[3, 2, 15, 2, 15, 10, 3, 10]]
@@ -176,7 +234,7 @@ def test_everything_is_scaled_with_the_image() -> None:
 
 
 def test_box_is_clipped_to_the_image() -> None:
-    assert to_instance(annotation(label=2, bbox=[-3, 4, 100, 3]), SAME)["box"] == [0, 4, 12, 7]
+    assert to_instance(annotation(label=2, bbox=[-3, 4, 100, 3]), SIZE)["box"] == [0, 4, 12, 7]
 
 
 def test_run_lengths_of_either_kind_are_the_same_mask() -> None:
@@ -187,7 +245,7 @@ def test_run_lengths_of_either_kind_are_the_same_mask() -> None:
     runs = np.diff([0, *(np.flatnonzero(np.diff(flat)) + 1), flat.size]).tolist()
     for counts in (compressed, runs):
         rle = {"size": [10, 12], "counts": counts}
-        instance = to_instance(annotation(label=2, iscrowd=1, segmentation=rle), SAME)
+        instance = to_instance(annotation(label=2, iscrowd=1, segmentation=rle), SIZE)
         assert instance["iscrowd"] is True
         assert instance["segmentation"]["rle"] == {"size": [10, 12], "counts": compressed}
         ends = segmentation_ends(instance["segmentation"], 10, 12)
@@ -197,7 +255,8 @@ def test_run_lengths_of_either_kind_are_the_same_mask() -> None:
 @pytest.mark.coco100
 @pytest.mark.parametrize("kind", ["instances", "person_keypoints"])
 def test_real_files_have_no_rejects(coco100: Path, kind: str) -> None:
-    source = read_coco(str(coco100 / f"annotations/{kind}_train2017.json"), open_store(str(coco100 / "train2017")))
+    annotations = str(coco100 / f"annotations/{kind}_train2017.json")
+    source = read_coco(BuildConfig(images=str(coco100 / "train2017"), annotations=annotations, out="unused"))
     assert len(source.records) == 50
     assert not source.rejected_annotations
     assert {len(category.keypoints) for category in source.categories} == ({0} if kind == "instances" else {17})
@@ -205,5 +264,5 @@ def test_real_files_have_no_rejects(coco100: Path, kind: str) -> None:
         assert record.height is not None
         assert record.width is not None
         size = (record.height, record.width)
-        for each in record.annotations:
-            to_instance(each, Scaling(size, (size[0] * 2, size[1] * 2)))
+        for each in objects(source, record).usable:
+            to_instance(each, size)

@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
 
-from pipelines.rle import bitmap_from_ends, ends_from_bitmap, ends_from_counts, flip_ends, segmentation_ends
+from pipelines.rle import (
+    Window,
+    bitmap_from_ends,
+    box_from_ends,
+    counts_from_ends,
+    crop_ends,
+    ends_from_bitmap,
+    ends_from_counts,
+    flip_ends,
+    pixels_in,
+    segmentation_ends,
+)
 
 sides = st.tuples(st.integers(1, 24), st.integers(1, 24))
 bitmaps = st.one_of(
@@ -61,3 +72,25 @@ def test_segmentations() -> None:
     np.testing.assert_array_equal(segmentation_ends(rle, 8, 10), ends)
     with pytest.raises(ValueError, match="80 pixels"):
         segmentation_ends(rle, 8, 11)
+
+
+@settings(deadline=None)
+@given(
+    height=st.integers(1, 40), width=st.integers(1, 40), share=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    corner=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)), extent=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_cutting_measuring_and_packing_are_those_of_the_bitmap(
+    height: int, width: int, share: float, corner: tuple[float, float], extent: tuple[float, float], seed: int
+) -> None:
+    bitmap = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
+    ends = ends_from_bitmap(bitmap)
+    assert counts_from_ends(ends, height, width) == coco_mask.encode(np.asfortranarray(bitmap))["counts"]
+    assert pixels_in(ends) == bitmap.sum()
+    rows, columns = np.nonzero(bitmap)
+    expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if bitmap.any() else None
+    assert box_from_ends(ends, height) == expected
+    y, x = int(corner[0] * height), int(corner[1] * width)
+    window = Window(y, x, max(1, int(extent[0] * (height - y))), max(1, int(extent[1] * (width - x))))
+    part = bitmap[y : y + window.height, x : x + window.width]
+    np.testing.assert_array_equal(crop_ends(ends, height, window), ends_from_bitmap(part))

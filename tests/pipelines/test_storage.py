@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.storage import open_store, read_uri
+from pipelines.storage_errors import FileRefusedError
 
 NAMES = ["a/deep/one.jpg", "a/two.JPG", "b.txt", "with space/ünicode.png"]
 
@@ -124,3 +126,56 @@ def test_unreachable_endpoint_fails_within_seconds(s3: str, monkeypatch: pytest.
     with pytest.raises(ValueError, match=r"cannot be reached at AWS_ENDPOINT_URL=http://127.0.0.1:9"):
         open_store(f"{s3}/folder").check_folder()
     assert time.monotonic() - start < 20
+
+
+def test_the_first_of_two_creates_a_file(root: str) -> None:
+    store = open_store(root)
+    assert store.create_bytes("plan", b"first")
+    assert not store.create_bytes("plan", b"second")
+    assert store.read_bytes("plan") == b"first"
+    assert [name for name, _ in store.entries(hidden=True)] == ["plan"]
+
+
+def test_entries_with_sizes_and_hidden_ones(root: str) -> None:
+    store = open_store(root)
+    store.write_bytes("a/b", b"123")
+    store.write_bytes(".c", b"12")
+    assert list(store.entries()) == [("a/b", 3)]
+    assert sorted(store.entries(hidden=True)) == [(".c", 2), ("a/b", 3)]
+
+
+def test_a_local_copy_to_read(root: str) -> None:
+    store = open_store(root)
+    data = bytes(range(256)) * 50_000
+    store.write_bytes("large", data)
+    with store.local_copy("large") as path:
+        assert path.read_bytes() == data
+
+
+def test_a_large_file_is_one_upload(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of one would stay on the server when the writer is killed."""
+    store = open_store(f"{s3}/large")
+    calls: list[str] = []
+    call_s3 = type(store._fs)._call_s3
+
+    async def watched(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        calls.append(method)
+        return await call_s3(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(type(store._fs), "_call_s3", watched)
+    with store.new_file("file") as part, part.open("wb") as file:
+        file.truncate(120 * 2**20)
+    assert "put_object" in calls
+    assert not [each for each in calls if "multipart" in each or "part" in each]
+    assert store.size("file") == 120 * 2**20
+
+
+def test_a_file_that_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(str(tmp_path))
+
+    def refuse(self: Any, path: str, **kwargs: Any) -> bytes:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(type(store._fs), "cat_file", refuse)
+    with pytest.raises(FileRefusedError, match=r"no permission for .*/a: check its owner and mode"):
+        store.read_bytes("a")

@@ -37,6 +37,9 @@ STABLE_TORCH_LIBRARY(mrcnn, m) {
   m.def(
       "rle_roi_align(Tensor ends, Tensor offsets, Tensor rois, Tensor instances, Tensor sizes, int output_size, "
       "int sampling_ratio, bool aligned) -> Tensor");
+  m.def(
+      "resize_masks(Tensor ends, Tensor offsets, int height, int width, int new_height, int new_width) "
+      "-> (Tensor ends, Tensor offsets)");
   // boxes come sorted, best first, counts of them in each image; returns positions, -1 after the last.
   m.def("nms(Tensor boxes, Tensor groups, Tensor counts, float iou_threshold, int top_n) -> Tensor");
 }

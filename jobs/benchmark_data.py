@@ -1,0 +1,335 @@
+"""`mrcnn benchmark build-data`: images a second and core of each step of a build, against Pillow and against Ray Data's
+own way with Pillow, on the same images.
+
+What is timed in this process takes turns, in CPU seconds: what else the machine does then hardly counts. The pipelines
+run as they do for a user, on so many CPUs, twice: with the images once and several times over. The time between the
+two is that of the further images, without the start of Ray's workers.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import PIL
+import ray.data
+import simplejpeg
+import torch
+from PIL import Image
+
+from jobs.benchmark import machine_of
+from jobs.cluster import ray_session
+from mrcnn.preprocess import resize_image, resized_size
+from pipelines.build import build, prepare
+from pipelines.config import BuildConfig, Encoding
+from pipelines.shard_task import make_shard
+from pipelines.transforms import decode, use_one_thread
+
+SHORTER, LONGER = 800, 1333
+MADE = 48  # images, where no folder is given
+MOST = 256  # images that are taken from a folder
+COPIES = 8  # of them in the long run of a pipeline
+SAMPLE_SECONDS = 0.1
+ENCODINGS: tuple[Encoding, ...] = ("raw", "jpeg")
+
+PILLOW, OURS, BARE = "Pillow: decode, resize", "decode, resize", "simplejpeg and OpenCV or torch, bare"
+PIPELINE, PEER = "build-data, raw", "Ray Data: read_images, Pillow, write_parquet"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Images a second and core."""
+
+    what: str
+    images_per_second: float
+    per_cpu_second: float | None = None
+    """Of a pipeline: by the CPU time of all its processes, in which what else the machine does hardly counts"""
+    peak_mb: float | None = None
+    """Largest sum of the memory that Ray's worker processes have for themselves; None where it was not looked at"""
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What `mrcnn benchmark build-data` prints and writes."""
+
+    machine: dict[str, str | int]
+    images: int
+    rates: tuple[Rate, ...]
+    """Pillow's first"""
+    ratios: dict[str, float]
+    bytes_per_image: dict[str, float] = field(default_factory=dict)
+    """As they come, and as a shard stores them"""
+
+    def __str__(self) -> str:
+        width = max(len(each.what) for each in self.rates)
+        pillow = self.rates[0].images_per_second
+        lines = [f"{name}: {value}" for name, value in self.machine.items()]
+        lines += ["", f"{'build-data':{width}}  images/s/core  x Pillow  images/CPU s  peak MB"]
+        for each in self.rates:
+            speed = each.images_per_second
+            more = "" if each.per_cpu_second is None else f"{each.per_cpu_second:12.1f}  {each.peak_mb:7.0f}"
+            lines.append(f"{each.what:{width}}  {speed:13.1f}  {speed / pillow:8.2f}  {more}".rstrip())
+        lines += ["", *(f"{what}: {ratio:.2f}" for what, ratio in self.ratios.items())]
+        lines += [f"{what}: {size / 1e3:.0f} kB an image" for what, size in self.bytes_per_image.items()]
+        return "\n".join(lines)
+
+    def write(self, file: str) -> None:
+        """Write all of it as a local JSON file."""
+        Path(file).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def run_data_benchmark(
+    images: str | None = None, *, cpus: int = 2, repeats: int = 5, copies: int = COPIES
+) -> DataReport:
+    """Measure on the JPEGs of a local folder, or on made ones of COCO's sizes.
+
+    Raises:
+        ValueError: for a folder without JPEGs, or numbers below 1.
+    """
+    for argument, value in (("threads", cpus), ("repeats", repeats), ("copies", copies)):
+        if value < 1:
+            raise ValueError(f"{argument} is {value}, but must be at least 1: 2 CPUs and 5 repeats are the default")
+    use_one_thread()
+    with tempfile.TemporaryDirectory(prefix="mrcnn-benchmark-") as name:
+        folder = Path(name)
+        files = _files(images) if images is not None else made_jpegs(folder / "made", MADE)
+        once, often = _copied(files, folder / "once", 1), _copied(files, folder / "often", copies + 1)
+        rates = _single(files, once, folder, repeats)
+        with ray_session(cpus):
+            rates += _pipelines(once, often, folder, cpus=cpus, further=copies * len(files))
+            sizes = {f"stored as {encoding}": _stored(once, folder / encoding, encoding) for encoding in ENCODINGS}
+        sizes = {"as they come": statistics.mean(file.stat().st_size for file in files)} | sizes
+    machine = machine_of(torch.device("cpu"), cpus) | {"Pillow": PIL.__version__, "OpenCV": cv2.__version__}
+    return DataReport(machine, len(files), tuple(rates), _ratios(rates), sizes)
+
+
+def _ratios(rates: Sequence[Rate]) -> dict[str, float]:
+    speed = {each.what: each.images_per_second for each in rates}
+    return {
+        "decode + resize, ours : Pillow's": speed[OURS] / speed[PILLOW],
+        "decode + resize, ours : bare library calls": speed[OURS] / speed[BARE],
+        "whole pipeline : decode + resize": speed[PIPELINE] / speed[OURS],
+        "whole pipeline, ours : Ray Data with Pillow": speed[PIPELINE] / speed[PEER],
+    }
+
+
+def _files(folder: str) -> list[Path]:
+    found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:MOST]
+    if not found:
+        raise ValueError(
+            f"images is {folder}, which holds no .jpg files: give a local folder of JPEGs, or leave it out"
+        )
+    return found
+
+
+def made_jpegs(folder: Path, count: int) -> list[Path]:
+    """JPEGs of COCO's usual sizes and bytes: blots of colour with noise."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    files = []
+    for i in range(count):
+        height, width = [(480, 640), (427, 640), (640, 480), (640, 427), (500, 375)][i % 5]
+        blots = cv2.resize(generator.random((12, 16, 3)) * 255, (width, height), interpolation=cv2.INTER_CUBIC)
+        noise = cv2.GaussianBlur(generator.normal(0, 40, (height, width, 3)), (0, 0), 0.8)
+        pixels = np.clip(blots + noise, 0, 255).astype(np.uint8)
+        files.append(folder / f"{i:06d}.jpg")
+        files[-1].write_bytes(simplejpeg.encode_jpeg(pixels, quality=90, colorsubsampling="420"))
+    return files
+
+
+def _copied(files: Sequence[Path], folder: Path, times: int) -> Path:
+    """A folder with every file so many times, as links where the disk is the same."""
+    folder.mkdir()
+    for i in range(times):
+        for j, file in enumerate(files):
+            target = folder / f"{i:04d}-{j:06d}.jpg"
+            try:
+                os.link(file, target)
+            except OSError:
+                shutil.copyfile(file, target)
+    return folder
+
+
+def _single(files: Sequence[Path], once: Path, folder: Path, repeats: int) -> list[Rate]:
+    """In this process, one thread, in turns: Pillow, decode and resize, bare calls, a task that stores raw or JPEG."""
+    data = [file.read_bytes() for file in files]
+    ways: dict[str, Callable[[], None]] = {
+        PILLOW: lambda: _each(_with_pillow, data),
+        OURS: lambda: _each(_ours, data),
+        BARE: lambda: _each(_bare, data),
+        "a task: read to shard, raw": lambda: _task(once, folder / "raw", "raw"),
+        "a task: read to shard, jpeg": lambda: _task(once, folder / "jpeg", "jpeg"),
+    }
+    seconds: dict[str, list[float]] = {what: [] for what in ways}
+    for i in range(repeats + 1):
+        for what, run in ways.items():
+            start = time.process_time()
+            run()
+            if i > 0:  # the first warms up
+                seconds[what].append(time.process_time() - start)
+    return [Rate(what, len(data) / statistics.median(each)) for what, each in seconds.items()]
+
+
+def _each(function: Callable[[bytes], object], data: Sequence[bytes]) -> None:
+    for one in data:
+        function(one)
+
+
+def _size(image: Any) -> tuple[int, int]:
+    return resized_size(*image.shape[:2], shorter_side=SHORTER, longer_side=LONGER)
+
+
+def _with_pillow(data: bytes) -> object:
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    height, width = resized_size(image.height, image.width, shorter_side=SHORTER, longer_side=LONGER)
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _ours(data: bytes) -> object:
+    image = decode(data)
+    return resize_image(image, *_size(image))
+
+
+def _bare(data: bytes) -> object:
+    image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    height, width = _size(image)
+    if height < image.shape[0] or width < image.shape[1]:
+        return resize_image(image, height, width)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+def _config(images: Path, out: Path, encoding: Encoding, rows: int = 32) -> BuildConfig:
+    return BuildConfig(
+        images=str(images),
+        out=str(out),
+        format="images",
+        shorter_side=SHORTER,
+        longer_side=LONGER,
+        encoding=encoding,
+        rows_per_shard=rows,
+    )
+
+
+def _task(images: Path, out: Path, encoding: Encoding) -> None:
+    """All images as one shard, which is thrown away again."""
+    prepared = prepare(_config(images, out, encoding, rows=MOST))
+    for name, records in prepared.shards.items():
+        content = json.dumps([record.to_dict() for record in records])
+        row = make_shard({"name": name, "records": content, "scales": "[0]"}, prepared.settings)
+        assert not row["failure"], row["message"]
+    shutil.rmtree(out)
+
+
+def _pipelines(once: Path, often: Path, folder: Path, *, cpus: int, further: int) -> list[Rate]:
+    """The whole ways through Ray Data; `often` holds so many `further` images than `once`."""
+    return [
+        _pipeline(what, run, (once, often), folder / "pipeline", cpus=cpus, further=further)
+        for what, run in ((PIPELINE, _build_raw), (PEER, _ray_data_with_pillow))
+    ]
+
+
+def _pipeline(
+    what: str, run: Callable[[Path, Path], object], sources: tuple[Path, Path], out: Path, *, cpus: int, further: int
+) -> Rate:
+    _seconds(run, sources[0], out)  # warms up
+    short, short_cpu = _seconds(run, sources[0], out)
+    with _peak_of_workers() as peak:
+        long, long_cpu = _seconds(run, sources[1], out)
+    shutil.rmtree(out)
+    return Rate(what, further / cpus / (long - short), further / (long_cpu - short_cpu), peak[0] / 1e6)
+
+
+def _build_raw(images: Path, out: Path) -> None:
+    build(_config(images, out, "raw"))
+
+
+def _stored(images: Path, out: Path, encoding: Encoding) -> float:
+    summary = build(_config(images, out, encoding))
+    return summary.bytes / summary.totals.rows
+
+
+def _seconds(run: Callable[[Path, Path], object], images: Path, out: Path) -> tuple[float, float]:
+    """Of the clock, and of the CPUs in all processes of ours."""
+    shutil.rmtree(out, ignore_errors=True)
+    start, start_cpu = time.perf_counter(), _cpu_seconds()
+    run(images, out)
+    return time.perf_counter() - start, _cpu_seconds() - start_cpu
+
+
+def _ray_data_with_pillow(images: Path, out: Path) -> None:
+    """What Ray's documentation shows, and raw pixels in files at its end, as in our shards."""
+    ray.data.read_images(str(images), mode="RGB").map(_resize_row).write_parquet(str(out), compression="none")
+
+
+def _resize_row(row: dict[str, Any]) -> dict[str, Any]:
+    height, width = _size(row["image"])
+    resized = Image.fromarray(row["image"]).resize((width, height), Image.Resampling.BILINEAR)
+    return {"height": height, "width": width, "image": resized.tobytes()}
+
+
+@contextmanager
+def _peak_of_workers() -> Iterator[list[float]]:
+    """A list of one number, which rises to the most bytes that Ray's workers have had for themselves."""
+    peak, done = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            peak[0] = max(peak[0], _memory_of_workers())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def _memory_of_workers() -> float:
+    """Bytes of this process's Ray workers, without what processes share, such as Ray's object store. Linux only."""
+    total = 0.0
+    for process in _family():
+        with suppress(OSError):  # it has just ended
+            lines = dict(line.split(":\t", 1) for line in Path(process, "status").read_text().splitlines())
+            if lines["Name"].startswith("ray::"):
+                total += 1024.0 * int(lines.get("RssAnon", "0 kB").split()[0])
+    return total
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of those below it. Linux only."""
+    ticks = 0
+    for process in _family():
+        with suppress(OSError):
+            user, system = Path(process, "stat").read_text().rpartition(")")[2].split()[11:13]
+            ticks += int(user) + int(system)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _family() -> list[Path]:
+    """Folders in /proc of this process and of all below it."""
+    parents: dict[str, str] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[stat.parent.name] = stat.read_text().rpartition(")")[2].split()[1]
+    own = str(os.getpid())
+    return [Path("/proc", process) for process in parents if own in _line(process, parents)]
+
+
+def _line(process: str, parents: dict[str, str]) -> Iterator[str]:
+    while process in parents:
+        yield process
+        process = parents[process]

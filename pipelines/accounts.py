@@ -1,0 +1,118 @@
+"""The accounts of a build: what went in, what became of it, and whether too much was rejected."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import pyarrow.parquet as pq
+
+from pipelines.config import BuildConfig
+from pipelines.manifest import Totals
+from pipelines.records import (
+    REJECTED_ANNOTATIONS,
+    REJECTS,
+    Reject,
+    RejectedAnnotation,
+    SourceData,
+    by_reason,
+    to_parquet,
+)
+from pipelines.shard_task import Receipt
+from pipelines.storage import Store
+
+REJECTS_FILE = "rejects.parquet"
+REJECTED_ANNOTATIONS_FILE = "rejected_annotations.parquet"
+EXAMPLES = 3
+WITH_ITS_IMAGE = "image rejected:"  # how the reason begins where the annotation is not at fault
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """What is known of a build's images and annotations, once some or all of its shards have receipts."""
+
+    images: int
+    annotations: int | None
+    """Of the source, as the images; None where they are not all counted yet"""
+    rows: int
+    instances: int
+    rejects: Sequence[Reject]
+    rejected_annotations: Sequence[RejectedAnnotation]
+    further_tiles: int = 0
+    further_parts: int = 0
+    dropped_parts: int = 0
+
+    def totals(self) -> Totals:
+        """The sums of all shards. Raises LostError where they do not add up."""
+        assert self.annotations is not None
+        return Totals(
+            images=self.images,
+            rows=self.rows,
+            rejects=len(self.rejects),
+            annotations=self.annotations,
+            instances=self.instances,
+            rejected_annotations=len(self.rejected_annotations),
+            further_tiles=self.further_tiles,
+            further_parts=self.further_parts,
+            dropped_parts=self.dropped_parts,
+        )
+
+    def write_rejects(self, out: Store) -> None:
+        """Write the lists of all that was rejected."""
+        out.write_bytes(REJECTS_FILE, to_parquet(self.rejects, REJECTS))
+        out.write_bytes(REJECTED_ANNOTATIONS_FILE, to_parquet(self.rejected_annotations, REJECTED_ANNOTATIONS))
+
+    def excess(self, config: BuildConfig) -> str | None:
+        """Why this is not to be used, however the other shards turn out; None where it may be."""
+        if len(self.rejects) >= self.images:
+            return f"not one image of {config.images} could be used{_breakdown(self.rejects)}"
+        if len(self.rejects) > config.max_reject_share * self.images:
+            share = _share(len(self.rejects), self.images, "images")
+            return f"{share}, --max-reject-share is {config.max_reject_share:g}{_breakdown(self.rejects)}"
+        own = [each for each in self.rejected_annotations if not each.reason.startswith(WITH_ITS_IMAGE)]
+        inputs = (self.annotations or 0) - (len(self.rejected_annotations) - len(own))
+        if self.annotations is not None and len(own) > config.max_rejected_annotation_share * inputs:
+            share = _share(len(own), inputs, "annotations of images that could be used")
+            bound = f"--max-rejected-annotation-share is {config.max_rejected_annotation_share:g}"
+            return f"{share}, {bound}{_breakdown(own)}"
+        return None
+
+
+def account(source: SourceData, receipts: Collection[Receipt] = (), *, complete: bool = False) -> Accounts:
+    """The accounts of the source and of shards, which may be `complete`: all of them."""
+    annotations = source.annotations
+    if annotations is None and complete:
+        annotations = len(source.rejected_annotations) + sum(receipt.annotations for receipt in receipts)
+    return Accounts(
+        images=source.images,
+        annotations=annotations,
+        rows=sum(receipt.info.rows for receipt in receipts),
+        instances=sum(receipt.instances for receipt in receipts),
+        rejects=[*source.rejects, *(each for receipt in receipts for each in receipt.rejects)],
+        rejected_annotations=[
+            *source.rejected_annotations,
+            *(each for receipt in receipts for each in receipt.rejected_annotations),
+        ],
+        further_tiles=sum(receipt.further_tiles for receipt in receipts),
+        further_parts=sum(receipt.further_parts for receipt in receipts),
+        dropped_parts=sum(receipt.dropped_parts for receipt in receipts),
+    )
+
+
+def _share(rejected: int, inputs: int, what: str) -> str:
+    return f"{rejected} of {inputs} {what} ({rejected / inputs:.1%}) were rejected"
+
+
+def _breakdown(rejects: Sequence[Reject | RejectedAnnotation]) -> str:
+    reasons = by_reason((each.stage, each.reason) for each in rejects)
+    counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
+    examples = "; ".join(f"{each.uri}: {each.reason}" for each in rejects[:EXAMPLES])
+    return f" ({counts}), such as {examples}" if rejects else ""
+
+
+def reasons_in(out: Store, name: str) -> dict[str, int]:
+    """Counts by reason of a list of rejects that lies there."""
+    table = pq.read_table(io.BytesIO(out.read_bytes(name)), columns=["stage", "reason"])
+    pairs: Iterable[tuple[str, str]] = zip(table["stage"].to_pylist(), table["reason"].to_pylist(), strict=True)
+    return by_reason(pairs)

@@ -1,0 +1,72 @@
+"""Clients of file systems by scheme: how long they wait and how often they try."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import Any
+
+import fsspec
+from botocore.exceptions import ClientError
+
+# They tell at INFO where they found which credentials.
+for _name in ("botocore", "aiobotocore"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+CONNECT_SECONDS = 3
+HURRIED_SECONDS = 4.0
+READ_SECONDS = 20.0  # without a single byte; MRCNN_S3_READ_SECONDS sets another bound
+ATTEMPTS = 4  # of a request, with exponential backoff: 500, 503, timeouts, dropped connections
+BODY_ATTEMPTS = 5  # of reading what an answer holds, each with requests of its own
+
+
+def filesystem(scheme: str, *, hurried: bool = False) -> Any:
+    """fsspec's file system for a scheme, with the settings of the environment; `hurried` ones give up within seconds.
+
+    Raises ValueError for a setting that is nonsense.
+    """
+    settings = sorted((key, value) for key, value in os.environ.items() if key.startswith(("AWS_", "MRCNN_S3_")))
+    return _filesystem_for(scheme, tuple(settings), os.getpid(), hurried)
+
+
+@functools.lru_cache(maxsize=8)
+def _filesystem_for(scheme: str, settings: tuple[tuple[str, str], ...], process: int, hurried: bool) -> Any:
+    """One connection pool for each process and state of the environment, which fsspec's own cache ignores."""
+    del process
+    if scheme != "s3":
+        return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
+    names = {name for name, _ in settings}
+    custom = not names.isdisjoint({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
+    config: dict[str, Any] = {
+        "connect_timeout": CONNECT_SECONDS,
+        "read_timeout": min(_read_seconds(), HURRIED_SECONDS) if hurried else _read_seconds(),
+        "retries": {"mode": "standard", "total_max_attempts": 2 if hurried else ATTEMPTS},
+        "max_pool_connections": 32,
+    }
+    if custom:  # bucket.127.0.0.1 is no host
+        config["s3"] = {"addressing_style": "path"}
+    made = fsspec.filesystem("s3", config_kwargs=config, skip_instance_cache=True, use_listings_cache=False)
+    made.retries = 1 if hurried else BODY_ATTEMPTS
+    return made
+
+
+def _read_seconds() -> float:
+    value = os.environ.get("MRCNN_S3_READ_SECONDS", READ_SECONDS)
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(
+            f"MRCNN_S3_READ_SECONDS is {value!r}, but must be seconds above 0: {READ_SECONDS:g} by default"
+        )
+    return seconds
+
+
+def is_conflict(error: OSError) -> bool:
+    """Whether this is what an exclusive write raises where there is such a file already."""
+    if isinstance(error, FileExistsError):
+        return True
+    answer = error.__cause__  # s3fs has no word of its own for a server that answers 412
+    return isinstance(answer, ClientError) and answer.response["ResponseMetadata"]["HTTPStatusCode"] == 412

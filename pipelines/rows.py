@@ -1,0 +1,73 @@
+"""From a decoded image with its objects to rows of shards: cut, resized, encoded."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mrcnn.preprocess import resize_image, resized_size
+from pipelines.config import Encoding
+from pipelines.scaling import Scaling, scale_instances
+from pipelines.storage import Store
+from pipelines.tiling import Part
+from pipelines.transforms import Pixels, encode
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One of the data sets that a build makes: where it goes, and the sides of its images."""
+
+    out: Store
+    shorter_side: int
+    """0: every image keeps its own size"""
+    longer_side: int
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of a stored image."""
+        if not self.shorter_side:
+            return height, width
+        return resized_size(height, width, shorter_side=self.shorter_side, longer_side=self.longer_side)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the source, decoded."""
+
+    image_id: int
+    uri: str
+    pixels: Pixels
+
+
+def make_row(picture: Picture, part: Part, scale: Scale, encoding: Encoding) -> dict[str, Any]:
+    """A row as in pipelines/schema.py of the whole image or of one of its tiles."""
+    window = part.window
+    pixels = picture.pixels[window.y : window.y + window.height, window.x : window.x + window.width]
+    source = window.height, window.width
+    size = scale.size(*source)
+    whole = picture.pixels.shape[:2]
+    resized = resize_image(np.ascontiguousarray(pixels), *size)
+    tile = None
+    if source != whole:
+        tile = {"image_id": picture.image_id, "y": window.y, "x": window.x, "height": whole[0], "width": whole[1]}
+    return {
+        "image_id": picture.image_id if tile is None else tile_id(picture.image_id, window.y, window.x),
+        "uri": picture.uri,
+        "height": size[0],
+        "width": size[1],
+        "source_height": source[0],
+        "source_width": source[1],
+        "encoding": encoding,
+        "image": resized if encoding == "raw" else encode(resized, encoding),  # raw: written from where it lies
+        "instances": scale_instances(part.instances, Scaling(source, size)),
+        "tile": tile,
+    }
+
+
+def tile_id(image_id: int, y: int, x: int) -> int:
+    """Image id of a tile: 63 bits drawn from its image's id and its corner, the same in every build."""
+    digest = hashlib.blake2b(struct.pack("<qqq", image_id, y, x), digest_size=8, person=b"tile").digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,71 @@
+"""What the sources with an annotation file for each image have in common: JSON, images of ids, objects from masks."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from pycocotools import mask as coco_mask
+
+from mrcnn.structures import Category
+from pipelines.records import SourceError
+
+ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # one number a pixel: of a palette, its index
+
+Ids = NDArray[np.int32]
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """The JSON object in a file. Raises SourceError."""
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"annotation file is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise SourceError("annotation file is no JSON object")
+    return content
+
+
+def check_size(height: Any, width: Any) -> tuple[int, int]:
+    """The size of an image as its annotations state it. Raises SourceError where it is none, or a bomb."""
+    if not all(isinstance(side, int) and side > 0 for side in (height, width)):
+        raise SourceError(f"annotation file states no size: {width!r} x {height!r}")
+    bound = Image.MAX_IMAGE_PIXELS or math.inf  # that of the images, see transforms.allow_pixels
+    if height * width > bound:
+        raise SourceError(f"annotation file is too large: {width} x {height} pixels, the bound is {bound}")
+    return height, width
+
+
+def decode_ids(data: bytes) -> Ids:
+    """An image of ids (H, W), one number a pixel. Raises SourceError."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            check_size(image.height, image.width)
+            if image.mode not in ID_MODES:
+                raise SourceError(f"annotation file is no image of ids: its pixels are {image.mode}")
+            return np.asarray(image).astype(np.int32)
+    except SourceError:
+        raise
+    except UnidentifiedImageError:  # whose message differs each time
+        raise SourceError("annotation file is not an image of a known format") from None
+    except Exception as error:  # Pillow's plug-ins raise whatever
+        raise SourceError(f"annotation file is a damaged image: {error}") from None
+
+
+def object_of_mask(mask: NDArray[np.bool_], category: Category, *, id_: int, label: int, crowd: bool) -> dict[str, Any]:
+    """The annotation of a mask (H, W) that is not empty: its run lengths, and box and area of the pixels."""
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {
+        "id": id_,
+        "category_id": category.id,
+        "label": label,
+        "bbox": coco_mask.toBbox(rle).tolist(),
+        "area": float(np.count_nonzero(mask)),
+        "iscrowd": int(crowd),
+        "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode()},
+    }

@@ -1,0 +1,132 @@
+"""Images without annotations: a folder, with all below it, or a list of URIs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from mrcnn.structures import Category
+from pipelines.config import BuildConfig
+from pipelines.records import ImageRecord, Images, Objects, Reject, SourceData
+from pipelines.sources.names import (
+    OUTSIDE,
+    SUFFIXES,
+    image_ids,
+    name_fault,
+    names_sha256,
+    printable,
+    shown_uri,
+    text_fault,
+)
+from pipelines.storage import Store, open_store, read_uri, split_uri
+
+
+@dataclass(frozen=True)
+class ListedImages:
+    """Images of a list: their names are full URIs, each of them read through the store of its own folder."""
+
+    uri: str
+    """Of the list"""
+
+    def uri_of(self, name: str) -> str:
+        """The name itself."""
+        return name
+
+    def read_bytes(self, name: str) -> bytes:
+        """A whole file."""
+        return read_uri(name)
+
+
+def read_image_files(config: BuildConfig) -> SourceData:
+    """Records of all images below `config.images`, or of all lines of the .txt file that it is.
+
+    In a list, a path that is not absolute is relative to the list's folder, and empty lines do not count; a line that
+    comes twice, or cannot be a file, is a reject. Raises FileNotFoundError where there are no images.
+    """
+    if config.images.endswith(".txt"):
+        return _read_list(config.images)
+    images = open_store(config.images).check_folder()
+    return named_images(images, list_images(images))
+
+
+def list_images(images: Store) -> list[str]:
+    """Sorted names of the images in a folder and below. Raises FileNotFoundError where there are none."""
+    names = sorted(images.list(SUFFIXES))
+    if not names:
+        raise FileNotFoundError(f"{images.uri} holds no images ({', '.join(SUFFIXES)}): give the folder that does")
+    return names
+
+
+def named_images(
+    images: Images,
+    names: Sequence[str],
+    *,
+    categories: tuple[Category, ...] = (),
+    annotation_files: Callable[[str], tuple[str, ...]] | None = None,
+    rejects: Sequence[Reject] = (),
+) -> SourceData:
+    """Records of differing names, with ids by `image_ids` and the files that `annotation_files` names for each. A name
+    that cannot be used is a reject, besides those that are given. Annotations are counted by the tasks, if any."""
+    records: list[ImageRecord] = []
+    unusable = list(rejects)
+    for id_, name in zip(image_ids(names), names, strict=True):
+        fault = name_fault(name) if isinstance(images, Store) else text_fault(name)
+        if fault is None:
+            records.append(ImageRecord(id_, name, annotation_files=annotation_files(name) if annotation_files else ()))
+        else:
+            unusable.append(Reject(shown_uri(images, name), id_, "source", fault))
+    return SourceData(
+        images_at=images,
+        categories=categories,
+        records=records,
+        rejects=unusable,
+        images=len(records) + len(unusable),
+        sha256=names_sha256([*(each.name for each in categories), *names]),
+        annotations=None if annotation_files else 0,
+    )
+
+
+def no_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequence[Category]) -> Objects:
+    """Nothing is annotated here."""
+    del record, files, categories
+    return Objects()
+
+
+def _read_list(uri: str) -> SourceData:
+    store, name = split_uri(uri)
+    try:
+        text = store.read_bytes(name).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{uri} is not UTF-8 (at byte {error.start}): give a text file of URIs, one a line") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    names: dict[str, None] = {}  # in order
+    rejects: list[Reject] = []
+    for line in filter(str.strip, lines):
+        full = line if "://" in line or line.startswith("/") else f"{store.uri}/{line}"
+        fault = "listed twice" if full in names else _line_fault(line, full)
+        if fault is None:
+            names[full] = None
+        else:
+            rejects.append(Reject(printable(full), None, "source", fault))
+    if not names and not rejects:
+        raise FileNotFoundError(f"{uri} lists no images: write one URI a line")
+    return named_images(ListedImages(f"{store.uri}/{name}"), list(names), rejects=rejects)
+
+
+def _line_fault(line: str, full: str) -> str | None:
+    if line is not full and not line.startswith("/") and "://" not in line:
+        return name_fault(line)
+    folder, _, name = full.rpartition("/")
+    if folder.endswith(":/"):
+        return "not a URI that can be read: it names no file in a bucket"
+    return name_fault(name) or _folder_fault(folder)
+
+
+@lru_cache(maxsize=1024)
+def _folder_fault(folder: str) -> str | None:
+    try:
+        open_store(folder or "/")
+    except ValueError as error:
+        return f"not a URI that can be read: {error}"
+    return OUTSIDE if "\0" in folder else None

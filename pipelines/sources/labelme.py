@@ -1,0 +1,177 @@
+"""LabelMe: a JSON file of shapes beside each image."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from mrcnn.structures import Category
+from pipelines.config import BuildConfig
+from pipelines.prefetch import prefetched
+from pipelines.records import ImageRecord, Objects, SourceData, SourceError
+from pipelines.sources.annotation_files import check_size, parse_object
+from pipelines.sources.image_files import named_images
+from pipelines.sources.names import SUFFIXES, links_outside
+from pipelines.storage import Store, open_store
+
+JSON = ".json"
+CIRCLE_ERROR = 0.1  # pixels by which a circle's polygon may be inside of it
+READ_THREADS, READ_AHEAD = 8, 32
+
+Points = list[tuple[float, float]]
+
+
+def read_labelme(config: BuildConfig) -> SourceData:
+    """Records of all images below `config.images`, each with the JSON of its own name (a.json for a.jpg); an image
+    without one has not been annotated, and is a reject. A JSON without image stands for the image in its imageData.
+
+    Category ids are the labels, 1..K, in the order of `config.classes` or else of the sorted names that occur. Raises
+    FileNotFoundError where there are no JSON files, ValueError where they name no class.
+    """
+    images = open_store(config.images).check_folder()
+    listed = sorted(images.list((*SUFFIXES, JSON)))
+    photos = [name for name in listed if not name.lower().endswith(JSON)]
+    stems = {_stem(name) for name in photos}
+    jsons = {_stem(name): name for name in listed if name.lower().endswith(JSON)}
+    if not jsons:
+        raise FileNotFoundError(f"{images.uri} holds no JSON files beside its images: is it LabelMe?")
+    classes = config.classes or tuple(sorted(set(_labels(images, sorted(jsons.values()), config.follow_links))))
+    if not classes:
+        raise ValueError(f"{images.uri}: no shape of its JSON files has a label: is it LabelMe?")
+    return named_images(
+        images,
+        sorted([*photos, *(name for stem, name in jsons.items() if stem not in stems)]),
+        categories=tuple(Category(id=id_, name=name) for id_, name in enumerate(classes, start=1)),
+        annotation_files=lambda name: (jsons.get(_stem(name), f"{_stem(name)}{JSON}"),),
+    )
+
+
+def labelme_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequence[Category]) -> Objects:
+    """One object of each shape, or of all shapes of a label that share a group_id. Polygons, rectangles and circles are
+    shapes with an inside; others are rejected. An area is the sum of the shapes', so overlaps count twice."""
+    content = parse_object(files[0])
+    shapes = content.get("shapes")
+    if not isinstance(shapes, list):
+        raise SourceError("annotation file has no list 'shapes': it is not LabelMe's")
+    labels = {category.name: label for label, category in enumerate(categories, start=1)}
+    found = Objects()
+    groups: dict[Any, dict[str, Any]] = {}
+    for number, shape in enumerate(shapes, start=1):
+        try:
+            points = _outline(shape, labels)
+        except SourceError as error:
+            found.rejected.append((number, str(error)))
+            continue
+        group = shape.get("group_id")
+        key = number if group is None else (shape["label"], str(group))
+        label = labels[shape["label"]]
+        new = {"id": number, "label": label, "category_id": categories[label - 1].id, "parts": []}
+        groups.setdefault(key, new)["parts"].append(points)
+    found.usable.extend(_annotation(**each) for each in groups.values())
+    return _with_image(found, record, content)
+
+
+def _with_image(found: Objects, record: ImageRecord, content: dict[str, Any]) -> Objects:
+    """Add the size of the image, and the image itself where no file has it."""
+    size = (content.get("imageHeight"), content.get("imageWidth"))
+    height, width = (None, None) if size == (None, None) else check_size(*size)
+    if record.file_name not in record.annotation_files:
+        return replace(found, height=height, width=width)
+    data = content.get("imageData")
+    try:
+        image = base64.b64decode(data, validate=True) if isinstance(data, str) else b""
+    except (binascii.Error, ValueError) as error:
+        raise SourceError(f"imageData is not base64: {error}") from None
+    if not image:
+        raise SourceError(f"no image: neither a file beside it nor imageData (imagePath {content.get('imagePath')!r})")
+    return replace(found, height=height, width=width, image=image)
+
+
+def _annotation(*, id: int, label: int, category_id: int, parts: list[Points]) -> dict[str, Any]:
+    xs, ys = [x for part in parts for x, _ in part], [y for part in parts for _, y in part]
+    return {
+        "id": id,
+        "label": label,
+        "category_id": category_id,
+        "bbox": [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)],
+        "area": sum(map(_area, parts)),
+        "iscrowd": 0,
+        "segmentation": [[value for point in part for value in point] for part in parts],
+    }
+
+
+def _area(points: Points) -> float:
+    turned = [*points[1:], *points[:1]]
+    return abs(sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in zip(points, turned, strict=True))) / 2
+
+
+def _outline(shape: Any, labels: dict[str, int]) -> Points:
+    """The polygon of a shape. Raises SourceError with the reason why it has none."""
+    if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
+        raise SourceError("shape has no label")
+    if shape["label"] not in labels:
+        raise SourceError(f"unknown category: {shape['label']}")
+    kind = shape.get("shape_type") or "polygon"
+    if kind not in ("polygon", "rectangle", "circle"):
+        raise SourceError(f"shape is no polygon, rectangle or circle: {kind}")
+    points = _points(shape.get("points"))
+    needed = {"polygon": 3, "rectangle": 2, "circle": 2}[kind]
+    if len(points) < needed:
+        raise SourceError(f"{kind} has fewer than {needed} points: {len(points)}")
+    if kind == "circle":
+        return _circle(points[0], math.dist(points[0], points[1]))
+    return _rectangle(points) if kind == "rectangle" else points
+
+
+def _points(value: Any) -> Points:
+    good = isinstance(value, list) and all(
+        isinstance(point, list) and len(point) == 2 and all(_is_finite(each) for each in point) for point in value
+    )
+    if not good:
+        raise SourceError("points are not pairs of finite numbers")
+    return [(float(x), float(y)) for x, y in value]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e6  # a NaN is not below anything
+
+
+def _rectangle(corners: Points) -> Points:
+    """From two opposite corners, or from all four, in any order."""
+    (left, right), (top, bottom) = ((min(each), max(each)) for each in zip(*corners, strict=True))
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def _circle(centre: tuple[float, float], radius: float) -> Points:
+    if radius <= CIRCLE_ERROR:
+        raise SourceError(f"circle has no extent: radius {radius:g}")
+    count = max(12, math.ceil(math.pi / math.acos(1 - CIRCLE_ERROR / radius)))
+    angles = (2 * math.pi * i / count for i in range(count))
+    return [(centre[0] + radius * math.cos(each), centre[1] + radius * math.sin(each)) for each in angles]
+
+
+def _labels(images: Store, names: Sequence[str], follow_links: bool) -> Iterator[str]:
+    """Labels of all shapes; a file that cannot be used is told when its image's turn comes."""
+
+    def read(name: str) -> list[Any]:
+        if not follow_links and links_outside(images, name):
+            return []
+        try:
+            return parse_object(images.read_bytes(name)).get("shapes") or []
+        except (FileNotFoundError, SourceError):
+            return []
+
+    for shapes in prefetched(read, names, threads=READ_THREADS, ahead=READ_AHEAD):
+        for shape in shapes if isinstance(shapes, list) else []:
+            if isinstance(shape, dict) and isinstance(shape.get("label"), str):
+                yield shape["label"]
+
+
+def _stem(name: str) -> str:
+    """Folder and name without suffix."""
+    return str(PurePosixPath(name).with_suffix(""))

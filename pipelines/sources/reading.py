@@ -1,0 +1,67 @@
+"""What a task gets of a record: its files, then the annotations in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mrcnn.structures import Category
+from pipelines.config import Format
+from pipelines.records import ImageRecord, Images, Objects, SourceError, Stage
+from pipelines.sources import SOURCES
+from pipelines.sources.names import LINK_OUTSIDE, links_outside
+from pipelines.storage_errors import FileRefusedError
+
+Fault = tuple[Stage, str]
+
+
+@dataclass(frozen=True)
+class ReadRecord:
+    """A record and what could be read of its files."""
+
+    record: ImageRecord
+    image: bytes
+    files: tuple[bytes, ...]
+    """The annotation files, in the order of the record; empty unless all could be read"""
+    fault: Fault | None
+    """Why the record cannot be used"""
+
+
+def read_record(images: Images, record: ImageRecord, *, follow_links: bool) -> ReadRecord:
+    """Read a record's files. One that is missing, refused or outside of the folder is a fault of the record; anything
+    else that goes wrong (credentials, no connection) is raised."""
+    files: list[bytes] = []
+    for name in record.annotation_files:
+        data = _read(images, name, follow_links)
+        if isinstance(data, str):
+            return ReadRecord(record, b"", (), ("read", f"annotation file, {data}: {name}"))
+        files.append(data)
+    image = _read(images, record.file_name, follow_links)
+    if isinstance(image, str):  # its annotations are counted nevertheless
+        return ReadRecord(record, b"", tuple(files), ("read", image))
+    return ReadRecord(record, image, tuple(files), None)
+
+
+def parse_record(
+    read: ReadRecord, format_: Format, categories: Sequence[Category]
+) -> tuple[ImageRecord, Objects, Fault | None]:
+    """A record's annotations, and why it cannot be used, if so."""
+    record = read.record
+    if len(read.files) < len(record.annotation_files):
+        return record, Objects(), read.fault
+    try:
+        return record, SOURCES[format_].objects(record, read.files, categories), read.fault
+    except SourceError as error:
+        return record, Objects(), read.fault or ("source", str(error))
+
+
+def _read(images: Images, name: str, follow_links: bool) -> bytes | str:
+    """The file, or why it is none."""
+    if not follow_links and links_outside(images, name):
+        return LINK_OUTSIDE
+    try:
+        return images.read_bytes(name)
+    except FileNotFoundError:
+        return "no such file"
+    except FileRefusedError:
+        return "no permission"

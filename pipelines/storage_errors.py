@@ -1,0 +1,95 @@
+"""What fsspec, botocore and the kernel raise, in plain words: three kinds of error that name URI and remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from aiohttp import ClientError as BodyError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class FileRefusedError(PermissionError):
+    """One file may not be read, though its folder answers: the credentials are right."""
+
+
+@contextmanager
+def plain_errors(uri: str) -> Iterator[None]:
+    """Turn what is raised into FileNotFoundError, PermissionError (credentials, modes) or ValueError (all else)."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise FileNotFoundError(f"there is no file {uri}{endpoint_hint(uri)}") from None
+    except (NoCredentialsError, PartialCredentialsError, ProfileNotFound):
+        raise PermissionError(f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
+    except PermissionError as error:
+        raise PermissionError(_refusal(uri, error)) from None
+    except (BotoCoreError, ClientError, BodyError, OSError, TimeoutError) as error:
+        raise _other_error(uri, error) from None
+
+
+@contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Around the writing of a local file: a full disk as ValueError, anything else as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise _full(str(path), error) from None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it. Raises PermissionError or ValueError."""
+    with plain_errors(str(folder)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f"{folder} cannot be a folder, a file is in its way: choose another one") from None
+        except FileNotFoundError as error:  # such as in /proc
+            raise PermissionError(error.strerror) from None
+
+
+def endpoint_hint(uri: str) -> str:
+    """Where an s3:// URI was looked for; empty for others."""
+    if not uri.startswith("s3://"):
+        return ""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return (
+        f" at AWS_ENDPOINT_URL={endpoint.rpartition('@')[2]}" if endpoint else " on AWS (AWS_ENDPOINT_URL is not set)"
+    )
+
+
+def _refusal(uri: str, error: PermissionError) -> str:
+    if not uri.startswith("s3://"):
+        return f"no permission for {uri}: check its owner and mode"
+    return f"{uri} was refused ({error}): check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
+
+
+def _other_error(uri: str, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return FileNotFoundError(f"there is no file {uri}: the name is too long")
+    if isinstance(error, ParamValidationError):
+        return ValueError(f"{uri} is not a valid URI: write s3://bucket/prefix")
+    if isinstance(error, OSError) and error.errno in FULL:
+        return _full(uri, error)
+    if not uri.startswith("s3://"):
+        return ValueError(f"{uri} cannot be used: {error}")
+    return ValueError(f"{uri} cannot be reached{endpoint_hint(uri)}: {type(error).__name__}: {error}")
+
+
+def _full(where: str, error: OSError) -> ValueError:
+    reason = os.strerror(error.errno or 0)
+    return ValueError(f"{where} cannot be written ({reason}): make room, then run the same command again")

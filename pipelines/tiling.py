@@ -1,0 +1,140 @@
+"""Very large images cut into overlapping tiles, and their objects with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.rle import Ends, Window, box_from_ends, crop_ends, pixels_in, segmentation_ends
+from pipelines.scaling import rle_of
+
+Instance = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How large images are cut: side 0 leaves them whole."""
+
+    side: int = 0
+    """Pixels of the source image"""
+    overlap: int = 0
+    """By which neighbours overlap, at least"""
+    min_share: float = 0.0
+    """Of an object's pixels that a tile must show to have it"""
+
+
+@dataclass
+class Part:
+    """What one row shows of an image."""
+
+    window: Window
+    instances: list[Instance] = field(default_factory=list)
+    """In pixels of the window"""
+    numbers: list[int] = field(default_factory=list)
+    """Their places among the image's instances"""
+    dropped: int = 0
+    """Objects of which it shows something, but less than the share"""
+
+
+def windows(size: tuple[int, int], tiling: Tiling) -> list[Window]:
+    """Tiles of an image of (height, width), row by row. Those at the right and at the bottom are moved inwards, so that
+    all are of one size; an image that fits into one is one."""
+    if not tiling.side:
+        return [Window(0, 0, *size)]
+    height, width = (min(length, tiling.side) for length in size)
+    tops, lefts = (_starts(length, tiling) for length in size)
+    return [Window(y, x, height, width) for y in tops for x in lefts]
+
+
+def _starts(length: int, tiling: Tiling) -> list[int]:
+    last = max(length - tiling.side, 0)
+    return [*range(0, last, tiling.side - tiling.overlap), last]
+
+
+def parts(size: tuple[int, int], instances: Sequence[Instance], tiling: Tiling) -> Iterator[Part]:
+    """The tiles of an image with their objects, one at a time; one part where the image is not cut."""
+    found = windows(size, tiling)
+    if len(found) == 1:
+        yield Part(found[0], list(instances), list(range(len(instances))))
+        return
+    masks = [segmentation_ends(each["segmentation"], *size) for each in instances]
+    for window in found:
+        yield part_of(window, instances, masks, height=size[0], min_share=tiling.min_share)
+
+
+def part_of(
+    window: Window, instances: Sequence[Instance], masks: Sequence[Ends], *, height: int, min_share: float = 0.0
+) -> Part:
+    """What a window shows of objects with these masks, in an image of this height."""
+    part = Part(window)
+    for number, (instance, mask) in enumerate(zip(instances, masks, strict=True)):
+        if not _touches(instance["box"], window):
+            continue
+        cut = _cut_mask(instance, mask, window, height) if pixels_in(mask) else _cut_box(instance, window)
+        if cut is None:
+            continue
+        share, shown = cut
+        if share < min_share:
+            part.dropped += 1
+        else:
+            part.instances.append(shown)
+            part.numbers.append(number)
+    return part
+
+
+def _touches(box: Sequence[float], window: Window) -> bool:
+    left, top, right, bottom = box
+    return left < window.x + window.width and right > window.x and top < window.y + window.height and bottom > window.y
+
+
+def _cut_mask(instance: Instance, mask: Ends, window: Window, height: int) -> tuple[float, Instance] | None:
+    """Share of the mask that a window shows, and the instance in it; None where it shows nothing."""
+    shown = crop_ends(mask, height, window)
+    box = box_from_ends(shown, window.height)
+    if box is None:
+        return None
+    share = pixels_in(shown) / pixels_in(mask)
+    if share == 1:
+        return share, _moved(instance, shown, window)
+    segmentation = {"polygons": None, "rle": rle_of(shown, (window.height, window.width))}
+    area = instance["area"] * share
+    points = instance["keypoints"] and _keypoints(instance["keypoints"], window)
+    return share, {**instance, "box": box, "area": area, "segmentation": segmentation, "keypoints": points}
+
+
+def _moved(instance: Instance, shown: Ends, window: Window) -> Instance:
+    """An instance that lies in the window as a whole."""
+    segmentation = instance["segmentation"]
+    polygons, corner = segmentation["polygons"], [window.x, window.y]
+    segmentation = {
+        "polygons": polygons and [(np.reshape(each, (-1, 2)) - corner).ravel().tolist() for each in polygons],
+        "rle": segmentation["rle"] and rle_of(shown, (window.height, window.width)),
+    }
+    points = instance["keypoints"] and _keypoints(instance["keypoints"], window)
+    return {**instance, "box": _clipped(instance["box"], window), "segmentation": segmentation, "keypoints": points}
+
+
+def _cut_box(instance: Instance, window: Window) -> tuple[float, Instance]:
+    """The same for an instance without a mask, or whose polygons are too thin to cover a pixel: by its box."""
+    box, (left, top, right, bottom) = _clipped(instance["box"], window), instance["box"]
+    share = (box[2] - box[0]) * (box[3] - box[1]) / ((right - left) * (bottom - top))
+    points = instance["keypoints"] and _keypoints(instance["keypoints"], window)
+    cut = {**instance, "box": box, "area": instance["area"] * share, "segmentation": None, "keypoints": points}
+    return share, cut
+
+
+def _clipped(box: Sequence[float], window: Window) -> list[float]:
+    corner, limit = [window.x, window.y] * 2, [window.width, window.height] * 2
+    return np.clip(np.subtract(box, corner), 0, limit).tolist()
+
+
+def _keypoints(keypoints: Sequence[float], window: Window) -> list[float]:
+    """x, y, visibility for each, as pixel numbers; those outside are no longer labelled."""
+    points: NDArray[np.float64] = np.reshape(keypoints, (-1, 3)) - [window.x, window.y, 0]
+    low, high = points[:, :2] + 0.5 > 0, points[:, :2] + 0.5 < [window.width, window.height]
+    inside = (low & high).all(axis=1)
+    return np.where((inside & (points[:, 2] > 0))[:, None], points, 0.0).ravel().tolist()

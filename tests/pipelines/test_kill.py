@@ -1,0 +1,163 @@
+"""kill -9 of the real command with all its processes, at random moments: the same command finishes the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.build import BuildConfig, build
+from pipelines.shard_task import PROGRESS
+from pipelines.storage import open_store
+from pipelines.toy import make_toy_data
+
+SEED = 20
+SHARDS = 20
+PATIENCE = 300.0
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> BuildConfig:
+    """Some seconds of work in many shards."""
+    made = make_toy_data(str(tmp_path_factory.mktemp("data")), images=2 * SHARDS, seed=6, size=96)
+    return BuildConfig(
+        images=made.images_uri, annotations=made.annotations_uri, out="/replace/this",
+        shorter_side=900, longer_side=1500, encoding="png", rows_per_shard=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(config: BuildConfig, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Checksums of an undisturbed build."""
+    out = str(tmp_path_factory.mktemp("undisturbed"))
+    build(replace(config, out=out))
+    return checksums(out)
+
+
+def checksums(out: str) -> dict[str, str]:
+    store = open_store(out)
+    return {name: hashlib.sha256(store.read_bytes(name)).hexdigest() for name, _ in store.entries(hidden=True)}
+
+
+def finished(out: str) -> set[str]:
+    """The shards that have a receipt."""
+    names = set(open_store(out).list())
+    return {name for name in names if f"{PROGRESS}/{name}.json" in names}
+
+
+def stamps(out: str, names: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+    """What changes when a file is written again, even with the same bytes."""
+    store = open_store(out)
+    if store.is_local:
+        stats = {name: (store.path / name).stat() for name in names}
+        return {name: (each.st_mtime_ns, each.st_ino) for name, each in stats.items()}
+    infos = {name: store._fs.info(f"{out.removeprefix('s3://')}/{name}") for name in names}
+    return {name: (each["ETag"], each["LastModified"]) for name, each in infos.items()}
+
+
+def parents() -> dict[int, int]:
+    """Of each process its parent's number."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            found[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # gone
+            continue
+    return found
+
+
+def family(root: int) -> set[int]:
+    """A process and all that it, or one of them, has started."""
+    above, members = parents(), {root}
+    while more := {pid for pid, parent in above.items() if parent in members} - members:
+        members |= more
+    return members
+
+
+def send(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def kill_all(root: int) -> None:
+    """kill -9 of the driver, Ray's servers and its workers, whatever process groups they are in. They are stopped
+    first, so that none starts another meanwhile."""
+    stopped: set[int] = set()
+    while more := family(root) - stopped:
+        send(more, signal.SIGSTOP)
+        stopped |= more
+    send(stopped, signal.SIGKILL)
+
+
+def start(config: BuildConfig) -> subprocess.Popen[str]:
+    options = {
+        "--images": config.images, "--annotations": config.annotations, "--out": config.out, "--cpus": 2,
+        "--shorter-side": config.shorter_side, "--longer-side": config.longer_side, "--encoding": config.encoding,
+        "--rows-per-shard": config.rows_per_shard,
+    }  # fmt: skip
+    words = [str(word) for pair in options.items() for word in pair]
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "build-data", *words], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def kill_when(config: BuildConfig, ready: Callable[[set[str]], bool], wait: float) -> bool:
+    """Run the command, kill it some time after its folder is ready for that; whether it was still at work."""
+    process, store = start(config), open_store(config.out)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not ready(set(store.list())) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(wait)
+        at_work = process.poll() is None
+    finally:
+        kill_all(process.pid)
+        process.communicate()
+    return at_work
+
+
+def receipts(names: set[str]) -> int:
+    return sum(name.startswith(f"{PROGRESS}/shard-") for name in names)
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_killed_builds_are_finished(
+    config: BuildConfig, expected: dict[str, str], where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    out = str(tmp_path / "out") if where == "disk" else f"{request.getfixturevalue('s3')}/killed"
+    config, chance = replace(config, out=out), random.Random(f"{SEED} {where}")
+    moments: list[tuple[Callable[[set[str]], bool], float]] = [
+        (lambda names: receipts(names) > 0, chance.uniform(0, 0.4)),
+        (lambda names: receipts(names) > SHARDS // 2, chance.uniform(0, 0.4)),
+    ]
+    for ready, wait in moments:
+        assert kill_when(config, ready, wait), "too late: let the build take longer"
+        visible = {name: sum_ for name, sum_ in checksums(out).items() if not name.startswith((".", PROGRESS))}
+        assert visible.items() <= expected.items(), "what has its name is complete"
+        assert "manifest.json" not in visible
+    done = stamps(out, finished(out))
+    assert done
+    process = start(config)
+    printed, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, printed
+    assert checksums(out) == expected, "nor is anything else left"
+    assert f"made now: {SHARDS - len(done)} shards" in printed
+    assert stamps(out, done) == done, "finished shards were left alone"
+    if where == "s3":
+        bucket = out.removeprefix("s3://").split("/")[0]
+        uploads = open_store(out)._fs.call_s3("list_multipart_uploads", Bucket=bucket)
+        assert not uploads.get("Uploads"), "no part of an upload stays"

@@ -1,0 +1,98 @@
+"""Images without annotations: folders and lists; and which settings belong to which format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow.parquet as pq
+import pytest
+from sources import built, write_image
+
+from pipelines.config import BuildConfig, Format
+from pipelines.sources import SOURCES
+from pipelines.sources.names import SUFFIXES, image_ids
+from pipelines.storage import open_store
+
+
+def test_a_folder_is_all_images_below_it(tmp_path: Path) -> None:
+    names = sorted([*(f"of/every/kind{suffix}" for suffix in SUFFIXES), "000000000139.png", "UPPER.PNG"])
+    for name in names:
+        write_image(tmp_path / "data" / name)
+    for name in ("notes.txt", "of/list.json", ".hidden/a.png", "of/._a.png"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("no image")
+    made = built(tmp_path / "out", images=str(tmp_path / "data"), format="images")
+    assert [row.uri for row in made.rows] == [f"{tmp_path}/data/{name}" for name in names]
+    assert [row.image_id for row in made.rows] == image_ids(names)
+    assert made.rows[0].image_id == 139
+    assert made.classes == []
+    assert (made.totals.annotations, made.totals.rejects) == (0, 0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds no images .*give the folder that does"):
+        built(tmp_path / "other", images=str(tmp_path / "empty"), format="images")
+
+
+def test_a_list_of_uris_from_disk_and_s3(s3: str, tmp_path: Path) -> None:
+    store = open_store(f"{s3}/listed")
+    store.write_bytes("deep/c.png", write_image(tmp_path / "c.png", value=30).read_bytes())
+    write_image(tmp_path / "b.png", value=20)
+    write_image(tmp_path / "with space ä.png", value=10)
+    lines = [
+        f"{tmp_path}/with space ä.png", "", "b.png\r", f"{s3}/listed/deep/c.png", f"file://{tmp_path}/c.png", "  ",
+        f"{tmp_path}/nowhere.png", "b.png", "../b.png", "magic://x/a.png", f"{s3}/listed/nowhere.png", "s3://a.png",
+    ]  # fmt: skip
+    text = "\n".join(lines).encode()
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + text)
+    made = built(tmp_path / "out", images=str(tmp_path / "list.txt"), format="images")
+    good = [lines[0], f"{tmp_path}/b.png", lines[3], lines[4]]
+    assert [row.uri for row in made.rows] == good, "as they were written"
+    assert [int(row.image[0, 0, 0]) for row in made.rows] == [10, 20, 30, 30]
+    assert [row.image_id for row in made.rows] == image_ids(good)
+    assert made.totals.images == len([line for line in lines if line.strip()])
+    rejects = pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()
+    assert [(each["uri"], each["reason"].split(":")[0]) for each in rejects] == [
+        (f"{tmp_path}/b.png", "listed twice"),
+        (f"{tmp_path}/../b.png", "file name leads out of the image folder"),
+        ("magic://x/a.png", "not a URI that can be read"),
+        ("s3://a.png", "not a URI that can be read"),
+        (f"{tmp_path}/nowhere.png", "no such file"),
+        (f"{s3}/listed/nowhere.png", "no such file"),
+    ]
+    store.write_bytes("list.txt", b"deep/c.png\n")
+    made = built(tmp_path / "s3", images=f"{s3}/listed/list.txt", format="images")
+    assert [row.uri for row in made.rows] == [good[2]]
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (b"", FileNotFoundError, "lists no images"),
+        (b"a\xff.png", ValueError, r"not UTF-8 .at byte 1.: give a text"),
+    ],
+)
+def test_lists_that_are_none(tmp_path: Path, data: bytes, error: type[Exception], message: str) -> None:
+    (tmp_path / "list.txt").write_bytes(data)
+    with pytest.raises(error, match=message):
+        built(tmp_path / "out", images=str(tmp_path / "list.txt"), format="images")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "--annotations is missing: format coco needs its JSON"),
+        ({"format": "pdf"}, "format is 'pdf', but must be one of coco, cityscapes, voc, labelme, images"),
+        ({"format": "voc", "annotations": "a.json"}, "--annotations is for coco, not for voc: leave it out"),
+        ({"format": "images", "split": "val"}, "--split is for cityscapes and voc, not for images"),
+        ({"format": "voc", "classes": ("a",)}, "--classes is for labelme, not for voc"),
+        ({"format": "labelme", "classes": ("a", "b", "a")}, "each must come once"),
+        ({"format": "voc", "split": "../x"}, "split is '../x', but must be one name"),
+    ],
+)
+def test_settings_belong_to_their_format(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BuildConfig(images="a", out="b", **settings)
+
+
+def test_every_format_has_a_source() -> None:
+    assert set(SOURCES) == set(get_args(Format))

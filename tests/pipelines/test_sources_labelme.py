@@ -1,0 +1,162 @@
+"""LabelMe: shapes become objects, groups become one, what has no inside is rejected."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sources import Built, built, masks, write_image
+
+SQUARE = [[2.0, 2.0], [10.0, 2.0], [10.0, 10.0], [2.0, 10.0]]
+
+
+def shape(label: Any = "cat", kind: str | None = "polygon", points: Any = None, group: Any = None) -> dict[str, Any]:
+    return {"label": label, "points": points or SQUARE, "group_id": group, "shape_type": kind, "flags": {}}
+
+
+def write(folder: Path, stem: str, shapes: Any, *, image: str | None = ".png", **other: Any) -> None:
+    """A JSON and its image."""
+    if image:
+        write_image(folder / f"{stem}{image}")
+    content = {"version": "5.5.0", "imagePath": f"{stem}.png", "imageData": None, "imageHeight": 24, "imageWidth": 32}
+    (folder / f"{stem}.json").parent.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.json").write_text(json.dumps({**content, "shapes": shapes, **other}))
+
+
+def labelme(tmp_path: Path, **settings: Any) -> Built:
+    return built(tmp_path / "out", images=str(tmp_path / "data"), format="labelme", **settings)
+
+
+def test_shapes_become_objects(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write(data, "a", [shape("dog"), shape("cat", "rectangle", [[30, 20], [12, 4]])], image=".JPG")
+    write(data, "deep/er/b", [shape("cat", "circle", [[16, 12], [16, 22]]), shape("dog", None)])
+    write(data, "c", [])
+    made = labelme(tmp_path)
+    assert made.classes == ["cat", "dog"], "sorted"
+    first, empty, second = made.rows
+    assert [row.uri.removeprefix(f"{data}/") for row in made.rows] == ["a.JPG", "c.png", "deep/er/b.png"]
+    assert [(each["label"], each["category_id"], each["box"]) for each in first.instances] == [
+        (2, 2, [2, 2, 10, 10]),
+        (1, 1, [12, 4, 30, 20]),
+    ]
+    assert [each["area"] for each in first.instances] == [64, 18 * 16]
+    assert masks(first)[1][4:20, 12:30].all()
+    assert masks(first)[1].sum() == 18 * 16
+    assert empty.instances == []
+    circle, dog = second.instances
+    assert circle["area"] == pytest.approx(math.pi * 100, rel=0.02)
+    y, x = np.mgrid[:24, :32] + 0.5
+    disc = (x - 16) ** 2 + (y - 12) ** 2 <= 100
+    assert (masks(second)[0] != disc).sum() < 0.1 * disc.sum()
+    assert dog["label"] == 2
+    assert made.totals.annotations == made.totals.instances == 4
+    assert not made.rejects
+
+
+def test_a_group_of_a_label_is_one_object(tmp_path: Path) -> None:
+    far = [[20.0, 12.0], [28.0, 12.0], [28.0, 20.0], [20.0, 20.0]]
+    shapes = [shape(group=1), shape("dog", group=1), shape(points=far, group=1), shape(points=far, group=2), shape()]
+    write(tmp_path / "data", "a", shapes)
+    made = labelme(tmp_path)
+    (row,) = made.rows
+    assert [each["label"] for each in row.instances] == [1, 2, 1, 1]
+    joined = row.instances[0]
+    assert len(joined["segmentation"]["polygons"]) == 2
+    assert (joined["box"], joined["area"]) == ([2, 2, 28, 20], 128)
+    assert masks(row)[0][2:10, 2:10].all()
+    assert masks(row)[0][12:20, 20:28].all()
+    assert masks(row)[0].sum() == 128
+
+
+def test_shapes_without_inside_are_rejected_alone(tmp_path: Path) -> None:
+    shapes = [
+        shape(),
+        shape(kind="line"),
+        shape(kind="point"),
+        shape(kind="mask"),
+        shape(points=SQUARE[:2]),
+        shape(points=[[1, 2, 3]] * 3),
+        shape(points=[[1, float("nan")]] * 3),
+        shape(kind="circle", points=[[5, 5], [5, 5]]),
+        shape(label=5),
+        "text",
+        shape(points=[[50, 50], [60, 50], [60, 60]]),
+    ]
+    write(tmp_path / "data", "a", shapes)
+    made = labelme(tmp_path)
+    assert len(made.rows[0].instances) == 1
+    assert made.totals.annotations == len(shapes)
+    assert dict(made.lost) == {
+        2: "source: shape is no polygon, rectangle or circle: line",
+        3: "source: shape is no polygon, rectangle or circle: point",
+        4: "source: shape is no polygon, rectangle or circle: mask",
+        5: "source: polygon has fewer than 3 points: 2",
+        6: "source: points are not pairs of finite numbers",
+        7: "source: points are not pairs of finite numbers",
+        8: "source: circle has no extent: radius 0",
+        9: "source: shape has no label",
+        10: "source: shape has no label",
+        11: "validate: box lies outside the image: [50.0, 50.0, 10.0, 10.0] in 32 x 24",
+    }
+
+
+def test_classes_may_be_given(tmp_path: Path) -> None:
+    write(tmp_path / "data", "a", [shape("dog"), shape("cat"), shape("__ignore__")])
+    made = labelme(tmp_path, classes=("dog", "cat", "cow"))
+    assert made.classes == ["dog", "cat", "cow"]
+    assert [each["label"] for each in made.rows[0].instances] == [1, 2]
+    assert made.lost == [(3, "source: unknown category: __ignore__")]
+    with pytest.raises(ValueError, match=r"holds another build .annotations_sha256"):
+        labelme(tmp_path, classes=("cat", "dog", "cow"))
+
+
+def test_the_image_may_lie_in_the_json(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    red = base64.b64encode(write_image(tmp_path / "red.png", value=200).read_bytes()).decode()
+    write(data, "inside", [shape()], image=None, imageData=red)
+    write(data, "beside", [shape()], imageData=red)
+    write(data, "nowhere", [shape()], image=None)
+    write(data, "broken", [shape()], image=None, imageData="%%%")
+    made = labelme(tmp_path)
+    assert [(Path(row.uri).name, int(row.image[0, 0, 0])) for row in made.rows] == [
+        ("beside.png", 128),
+        ("inside.json", 200),
+    ], "a file beside it comes first"
+    assert {name: reason.split(":")[1] for name, reason in made.rejects.items()} == {
+        "nowhere.json": " no image",
+        "broken.json": " imageData is not base64",
+    }
+
+
+def test_images_and_files_that_do_not_fit(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write(data, "good", [shape()])
+    write(data, "small", [shape()], imageHeight=10)
+    write(data, "unstated", [shape()], imageHeight=None, imageWidth=None)
+    write_image(data / "alone.png")
+    (data / "coco.json").write_text('{"images": []}')
+    write_image(data / "cut.png")
+    (data / "cut.json").write_text('{"shapes": [')
+    made = labelme(tmp_path)
+    assert [Path(row.uri).name for row in made.rows] == ["good.png", "unstated.png"]
+    assert {name: reason.split(":")[:2] for name, reason in made.rejects.items()} == {
+        "small.png": ["validate", " image is not of the annotated size"],
+        "alone.png": ["read", " annotation file, no such file"],
+        "coco.json": ["source", " annotation file has no list 'shapes'"],
+        "cut.png": ["source", " annotation file is not valid JSON"],
+    }
+
+
+def test_folders_that_are_not_labelme(tmp_path: Path) -> None:
+    write_image(tmp_path / "data/a.png")
+    with pytest.raises(FileNotFoundError, match="no JSON files beside its images"):
+        labelme(tmp_path)
+    (tmp_path / "data/a.json").write_text("{}")
+    with pytest.raises(ValueError, match="no shape of its JSON files has a label"):
+        labelme(tmp_path)

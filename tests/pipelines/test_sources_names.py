@@ -1,0 +1,115 @@
+"""File names: read whatever they are made of, never outside the folder; ids that depend on the name alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sources import built, write_image
+
+from pipelines.sources import names as names_module
+from pipelines.sources.names import HASHED, image_ids, links_outside, name_fault
+from pipelines.storage import open_store
+
+ODD = [
+    "with space.png", " leading.png", "ünï/cödé-日本語.png", "back\\slash.png", "per%20cent%.png", "a+b&c=d.png",
+    "ques?tion.png", "ha#sh.png", "star*[ab].png", "quote'\"s.png", "~tilde.png", "deep/er/still/x.png",
+    "semi;colon.png", "$HOME.png", "-dash.png", "{a,b}.png", "new\nline.png",
+]  # fmt: skip
+OUTSIDE = ["../secret.png", "a/../../secret.png", "..", "/etc/passwd", "s3://other/secret.png", "nul\0.png", ""]
+
+
+def coco_of(names: list[str]) -> dict[str, Any]:
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names, start=1)]
+    return {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+
+
+def test_odd_names_are_read_and_no_file_outside(tmp_path: Path) -> None:
+    write_image(tmp_path / "secret.png")
+    for name in ODD:
+        write_image(tmp_path / "images" / name)
+    (tmp_path / "coco.json").write_text(json.dumps(coco_of([*ODD, *OUTSIDE])))
+    made = built(tmp_path / "out", images=str(tmp_path / "images"), annotations=str(tmp_path / "coco.json"))
+    assert [row.uri for row in made.rows] == [f"{tmp_path}/images/{name}" for name in ODD]
+    assert made.totals.rejects == len(OUTSIDE)
+    assert set(made.rejects.values()) == {"source: file name leads out of the image folder"}
+    listed = built(tmp_path / "listed", images=str(tmp_path / "images"), format="images")
+    assert sorted(row.uri for row in listed.rows) == sorted(f"{tmp_path}/images/{name}" for name in ODD)
+    assert not listed.rejects
+
+
+def test_odd_names_are_read_from_s3(s3: str, tmp_path: Path) -> None:
+    store, picture = open_store(f"{s3}/odd"), write_image(tmp_path / "a.png").read_bytes()
+    names = [name for name in ODD if "\n" not in name and "\\" not in name]  # this server's own bounds
+    for name in names:
+        store.write_bytes(name, picture)
+    open_store(f"{s3}/odd-json").write_bytes("coco.json", json.dumps(coco_of([*names, *OUTSIDE])).encode())
+    made = built(tmp_path / "out", images=f"{s3}/odd", annotations=f"{s3}/odd-json/coco.json")
+    assert [row.uri for row in made.rows] == [f"{s3}/odd/{name}" for name in names]
+    assert made.totals.rejects == len(OUTSIDE)
+    listed = built(tmp_path / "listed", images=f"{s3}/odd", format="images")
+    assert sorted(row.uri for row in listed.rows) == sorted(f"{s3}/odd/{name}" for name in names)
+
+
+def test_names_that_are_no_text_are_rejects(tmp_path: Path) -> None:
+    write_image(tmp_path / "images/good.png")
+    os.rename(write_image(tmp_path / "images/bad.png"), os.fsencode(tmp_path / "images/b") + b"\xff\xfe.png")
+    made = built(tmp_path / "out", images=str(tmp_path / "images"), format="images")
+    assert made.totals.rows == 1
+    assert made.rejects == {"b\\udcff\\udcfe.png": "source: file name is not Unicode"}
+
+
+def test_links_that_lead_out_are_followed_only_when_told(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for name in ("images/real.png", "images/folder/other.png", "elsewhere/secret.png"):
+        write_image(tmp_path / name)
+    (images / "out.png").symlink_to(tmp_path / "elsewhere/secret.png")
+    (images / "relative.png").symlink_to("../elsewhere/secret.png")
+    (images / "in.png").symlink_to(images / "folder/other.png")
+    (images / "away").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "same").symlink_to(images)
+    names = ["real.png", "out.png", "relative.png", "in.png", "away/secret.png"]
+    (tmp_path / "coco.json").write_text(json.dumps(coco_of(names)))
+    settings = {"images": str(tmp_path / "same"), "annotations": str(tmp_path / "coco.json")}  # itself through a link
+    made = built(tmp_path / "out", **settings)
+    assert [Path(row.uri).name for row in made.rows] == ["real.png", "in.png"]
+    reason = "read: a symbolic link leads out of the image folder"
+    assert made.rejects == {"out.png": reason, "relative.png": reason, "secret.png": reason}
+    assert built(tmp_path / "followed", **settings, follow_links=True).totals.rows == 5
+    with pytest.raises(ValueError, match="follow_links False there, True here"):
+        built(tmp_path / "out", **settings, follow_links=True)
+    assert not links_outside(open_store("s3://bucket/images"), "away/secret.png")
+
+
+def test_ids_are_the_numbers_of_the_names() -> None:
+    assert image_ids(["000000000139.jpg", "val/000000000285.png", "7.x.png"])[:2] == [139, 285]
+    assert image_ids(["a.png"]) == image_ids(["a.png", "b.png", "1.png"])[:1], "whatever else there is"
+    assert image_ids(["a.png"]) == [6900012215589924822], "and always: data sets have it"
+    same = image_ids(["a/1.png", "b/1.png", "2.png"])
+    assert same[2] == 2
+    assert len({*same, 1}) == 4, "a number that two files have is neither's"
+    assert image_ids(["1" * 19 + ".png"])[0] >= HASHED, "too long for a number of 64 bits"
+    assert image_ids(["٣.png"])[0] >= HASHED, "a digit elsewhere"
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), unique=True))
+def test_ids_differ_and_fit_into_64_bits(names: list[str]) -> None:
+    ids = image_ids(names)
+    assert len(set(ids)) == len(names)
+    assert all(0 <= each < 2**63 for each in ids)
+
+
+def test_equal_hashes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names_module, "_hashed", lambda name: HASHED | len(name))
+    with pytest.raises(ValueError, match=r"bb\.png and cc\.png get the same image id, \d+: rename one of them"):
+        image_ids(["a.png", "bb.png", "cc.png"])
+
+
+@pytest.mark.parametrize("name", ["a/../b", "../b", "/b", "", "a\0", "x://y"])
+def test_names_that_lead_out(name: str) -> None:
+    assert name_fault(name) == "file name leads out of the image folder"
