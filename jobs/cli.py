@@ -69,11 +69,12 @@ def inspect_data(uri: Annotated[str, tyro.conf.Positional], out: str = ".", imag
     Args:
         uri: URI of shards.
         out: URI of a folder for the picture, contact_sheet.png.
-        images: How many images to draw, evenly spread over the data set.
+        images: How many images to draw, up to 100, evenly spread over the data set.
     """
-    from pipelines.contact_sheet import write_contact_sheet
+    from pipelines.contact_sheet import check_images, write_contact_sheet
     from pipelines.inspect import summarize
 
+    check_images(images)  # before all shards are read
     print(summarize(uri))
     print(f"\npicture: {write_contact_sheet(uri, out, images)}")
 
@@ -224,6 +225,8 @@ def benchmark(
 
     report: Report | DataReport
     if name == "build-data":
+        if device != "cpu" or profile:
+            raise ValueError("--device and --profile are for the model and its operators, not for build-data")
         report = run_data_benchmark(images, cpus=threads, repeats=repeats)
     elif images is not None:
         raise ValueError(f"--images is for the benchmark build-data, not for {name}: leave it out")

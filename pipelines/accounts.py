@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import BuildConfig
@@ -100,6 +101,18 @@ def account(source: SourceData, receipts: Collection[Receipt] = (), *, complete:
     )
 
 
+def read_accounts(out: Store, totals: Totals) -> Accounts:
+    """The accounts of a finished build."""
+    sums = {each.name: getattr(totals, each.name) for each in fields(totals) if not each.name.startswith("reject")}
+    rejects = [Reject(**each) for each in _read(out, REJECTS_FILE).to_pylist()]
+    lost = [RejectedAnnotation(**each) for each in _read(out, REJECTED_ANNOTATIONS_FILE).to_pylist()]
+    return Accounts(**sums, rejects=rejects, rejected_annotations=lost)
+
+
+def _read(out: Store, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    return pq.read_table(io.BytesIO(out.read_bytes(name)), columns=columns)
+
+
 def _share(rejected: int, inputs: int, what: str) -> str:
     return f"{rejected} of {inputs} {what} ({rejected / inputs:.1%}) were rejected"
 
@@ -113,6 +126,6 @@ def _breakdown(rejects: Sequence[Reject | RejectedAnnotation]) -> str:
 
 def reasons_in(out: Store, name: str) -> dict[str, int]:
     """Counts by reason of a list of rejects that lies there."""
-    table = pq.read_table(io.BytesIO(out.read_bytes(name)), columns=["stage", "reason"])
+    table = _read(out, name, ["stage", "reason"])
     pairs: Iterable[tuple[str, str]] = zip(table["stage"].to_pylist(), table["reason"].to_pylist(), strict=True)
     return by_reason(pairs)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -23,9 +23,10 @@ from pipelines.accounts import (
     REJECTS_FILE,
     Accounts,
     account,
+    read_accounts,
     reasons_in,
 )
-from pipelines.build_folder import claim, forget, not_as_stated, tidy
+from pipelines.build_folder import VERSIONS, check_free, claim, clear, forget, not_as_stated, tidy
 from pipelines.config import BuildConfig
 from pipelines.manifest import LostError, Manifest, Totals
 from pipelines.records import ImageRecord, SourceData
@@ -33,11 +34,12 @@ from pipelines.rows import Scale
 from pipelines.schema import SCHEMA_VERSION
 from pipelines.shard_task import Receipt, ShardSettings, make_shard
 from pipelines.sources import SOURCES
+from pipelines.sources.names import versions_sha256
 from pipelines.storage import Store, open_store
 from pipelines.tasks import run_tasks
 from pipelines.tiling import Tiling
 
-ENOUGH = 1000  # rejected images show what is wrong: no need to wait for the others
+ENOUGH = 1000  # rejected images show what is wrong: no need to begin the others
 
 Shards = dict[str, list[ImageRecord]]
 
@@ -123,9 +125,10 @@ class PreparedBuild:
 def build(config: BuildConfig) -> BuildSummary:
     """Build the shards, or what is missing of them. Ray must be running.
 
-    Raises FileNotFoundError, PermissionError or ValueError, in words for the user, where it cannot start or
-    go on: no such folder, wrong credentials, annotations that are not COCO, a folder that holds another
-    build, more rejects than the settings allow.
+    A build that is finished stays as it is: rejects that were mended since need a new `config.out`. Raises
+    FileNotFoundError, PermissionError or ValueError, in words for the user, where it cannot start or go on: no such
+    folder, wrong credentials, annotations that are not COCO, a folder that holds another build, more rejects than the
+    settings allow.
     """
     return run_build(prepare(config))
 
@@ -150,19 +153,31 @@ def prepare(config: BuildConfig) -> PreparedBuild:
         encoding=config.encoding,
         max_pixels=config.max_pixels,
     )
+    for scale in scales if len(scales) > 1 else ():  # none is begun where another is taken
+        check_free(scale.out, _plan(config, source, scale))
     folders = tuple(_folder(config, source, scale, shards) for scale in scales)
     return PreparedBuild(config, settings, source, shards, folders, time.monotonic() - start)
 
 
 def _folder(config: BuildConfig, source: SourceData, scale: Scale, shards: Shards) -> Folder:
     plan, out = _plan(config, source, scale), scale.out
-    receipts = claim(out, plan, shards)
-    if receipts is not None:
+    receipts = claim(out, plan, {name: versions_sha256(records) for name, records in shards.items()})
+    if receipts is None:
+        _check_finished(out, config)
+    else:
         if excess := account(source).excess(config):
-            _refuse(out, excess, account(source, receipts.values()), receipts)
+            _refuse(out, excess, account(source, receipts.values()))
         if account(source, receipts.values(), complete=len(receipts) == len(shards)).excess(config):
             receipts = _without_rejects(out, receipts)
     return Folder(out, plan, receipts)
+
+
+def _check_finished(out: Store, config: BuildConfig) -> None:
+    """The shares may be lower than when it was built."""
+    if excess := read_accounts(out, Manifest.read(out).totals).excess(config):
+        raise ValueError(
+            f"{excess}. {out.uri} is finished, and stays as it is: allow more, or mend them and give a new --out"
+        )
 
 
 def run_build(prepared: PreparedBuild) -> BuildSummary:
@@ -181,12 +196,14 @@ def run_build(prepared: PreparedBuild) -> BuildSummary:
 
 def _plan(config: BuildConfig, source: SourceData, scale: Scale) -> dict[str, Any]:
     """All that the shards' bytes depend on."""
+    versions = versions_sha256(source.records)
     return {
         "schema_version": SCHEMA_VERSION,
         "format": config.format,
         "images": source.images_at.uri,
         "follow_links": config.follow_links,
         "annotations_sha256": source.sha256,
+        **({VERSIONS: versions} if versions else {}),
         "shorter_side": scale.shorter_side,
         "longer_side": scale.longer_side,
         "tile": [config.tile, config.tile_overlap, config.tile_min_share] if config.tile else [],
@@ -209,8 +226,8 @@ def _without_rejects(out: Store, receipts: dict[str, Receipt]) -> dict[str, Rece
 
 
 def _run(prepared: PreparedBuild) -> list[dict[str, Receipt]]:
-    """Make the missing shards in parallel, one task each; not all of them where too many images are rejected. The
-    receipts, by shard, of each folder."""
+    """Make the missing shards in parallel, one task each; not all of them where too many images are rejected, but to
+    its end each that has begun, so that it writes nothing later. The receipts, by shard, of each folder."""
     missing = prepared.missing
     there = {name: each for folder in prepared.folders for name, each in (folder.receipts or {}).items()}
     before = account(prepared.source, [each for name, each in there.items() if name not in missing])
@@ -218,7 +235,8 @@ def _run(prepared: PreparedBuild) -> list[dict[str, Receipt]]:
     made: list[dict[str, Receipt]] = [{} for _ in prepared.folders]
     images = sum(len(prepared.shards[name]) for name in missing)
     with tqdm(total=images, unit=" images", desc="build-data", disable=None) as bar:
-        tasks = (_task(name, prepared.shards[name], folders) for name, folders in missing.items())
+        begun = takewhile(lambda _: rejects <= bound, missing.items())  # asked as tasks are begun, and `rejects` grows
+        tasks = (_task(name, prepared.shards[name], folders) for name, folders in begun)
         for row in run_tasks(partial(make_shard, settings=prepared.settings), tasks) if missing else ():
             receipts = [Receipt.from_json(each) for each in row["receipts"]]
             for folder, receipt in zip(missing[row["name"]], receipts, strict=True):
@@ -226,8 +244,6 @@ def _run(prepared: PreparedBuild) -> list[dict[str, Receipt]]:
             rejects += len(receipts[0].rejects)
             bar.set_postfix(rejects=rejects, refresh=False)
             bar.update(len(prepared.shards[row["name"]]))
-            if rejects > bound:
-                break
     return made
 
 
@@ -243,7 +259,7 @@ def _conclude(prepared: PreparedBuild, folder: Folder, receipts: list[Receipt]) 
     """Write the rejects, see whether nothing was lost, and write the manifest last."""
     out, accounts = folder.out, account(prepared.source, receipts, complete=True)
     if excess := accounts.excess(prepared.config):
-        _refuse(out, excess, accounts, [receipt.info.name for receipt in receipts])
+        _refuse(out, excess, accounts)
     accounts.write_rejects(out)
     shards = tuple(receipt.info for receipt in receipts)
     totals = accounts.totals()
@@ -253,15 +269,13 @@ def _conclude(prepared: PreparedBuild, folder: Folder, receipts: list[Receipt]) 
     Manifest(prepared.source.categories, folder.plan, shards, totals).write(out)
 
 
-def _refuse(out: Store, excess: str, accounts: Accounts, shards: Iterable[str]) -> NoReturn:
+def _refuse(out: Store, excess: str, accounts: Accounts) -> NoReturn:
     """Leave the lists of rejects to read, and shards with rows for the next try."""
     accounts.write_rejects(out)
     kept = "shards without rejects are kept"
     if accounts.rows == 0:
         kept = "nothing else is kept"
-        for name in shards:
-            out.remove(name)
-        tidy(out)
+        clear(out)
     raise ValueError(
         f"{excess}. All are in {out.uri}/{REJECTS_FILE} and {REJECTED_ANNOTATIONS_FILE}: mend them or allow more, and "
         f"run the same command again ({kept})"

@@ -1,7 +1,8 @@
 """The folder of a build while it is made: which build it is, which shards it has, and what is tidied up at the end.
 
 _progress/build.json says which build, and is written first, by one of perhaps several writers.
-_progress/SHARD.json is a shard's receipt, written after the shard. manifest.json ends the build, and then _progress/
+_progress/SHARD.json is a shard's receipt, written after the shard; it says of which versions of the source's files, so
+that those that are mended before the end are read again. manifest.json ends the build, and then _progress/
 goes. Every file appears whole, so a process may be killed at any moment; and since equal builds write equal bytes,
 two of them at once do each other no harm.
 """
@@ -9,7 +10,8 @@ two of them at once do each other no harm.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,32 +21,49 @@ from pipelines.shard_task import PROGRESS, Receipt, receipt_name
 from pipelines.storage import Store
 
 PLAN = f"{PROGRESS}/build.json"
+VERSIONS = "file_versions_sha256"  # in a plan: of all files, where the source lists them
+SHARD = "shard-"  # how their names begin
 READ_THREADS, READ_AHEAD = 16, 64  # receipts are small and perhaps many: only latency counts
 
 
-def claim(out: Store, plan: dict[str, Any], shards: Collection[str]) -> dict[str, Receipt] | None:
+def check_free(out: Store, plan: dict[str, Any]) -> None:
+    """Raise ValueError where another build is there. Changes nothing."""
+    sizes = dict(out.entries())
+    _refuse_unknown(out, sizes)
+    if FILE_NAME in sizes:
+        _refuse_other(out, Manifest.read(out).build, plan)
+    elif PLAN in sizes and (theirs := _read_plan(out)) is not None:
+        _refuse_other(out, theirs, _begun(plan))
+
+
+def _begun(plan: dict[str, Any]) -> dict[str, Any]:
+    """What two runs of an unfinished build have in common: files may be mended between them, see `Receipt`."""
+    return {key: value for key, value in plan.items() if key != VERSIONS}
+
+
+def claim(out: Store, plan: dict[str, Any], shards: Mapping[str, str]) -> dict[str, Receipt] | None:
     """Make the folder this build's. Returns the receipts of the shards that are there; None where all is finished.
+    `shards` are by name the `versions_sha256` of their records.
 
     Raises ValueError where another build is there.
     """
     sizes = dict(out.entries())
     if _is_finished(out, plan, sizes=sizes, shards=shards):
         return None
-    begun = PLAN in sizes or FILE_NAME in sizes
-    if not begun and any(name.startswith("shard-") for name in sizes):
-        raise ValueError(f"{out.uri} holds shards of an unknown build: choose another --out, or empty this one")
-    created = out.create_bytes(PLAN, json.dumps(plan).encode())
-    theirs = plan if created else _read_plan(out)
+    _refuse_unknown(out, sizes)
+    begun = _begun(plan)
+    created = out.create_bytes(PLAN, json.dumps(begun).encode())
+    theirs = begun if created else _read_plan(out)
     if theirs is None or (FILE_NAME not in sizes and out.exists(FILE_NAME)):
         return _claim_again(out, plan, shards=shards, created=created)
-    _refuse_other(out, theirs, plan)
+    _refuse_other(out, theirs, begun)
     if FILE_NAME in sizes:  # shards have gone since: make the build again, and let nobody read it meanwhile
         out.remove(FILE_NAME)
     return _receipts(out, sizes, shards)
 
 
 def _claim_again(
-    out: Store, plan: dict[str, Any], *, shards: Collection[str], created: bool
+    out: Store, plan: dict[str, Any], *, shards: Mapping[str, str], created: bool
 ) -> dict[str, Receipt] | None:
     """Another process has finished its build and tidied up between two of our looks."""
     try:
@@ -69,6 +88,12 @@ def not_as_stated(sizes: dict[str, int], shards: Collection[ShardInfo]) -> list[
     return [shard.name for shard in shards if sizes.get(shard.name) != shard.bytes]
 
 
+def _refuse_unknown(out: Store, sizes: dict[str, int]) -> None:
+    begun = PLAN in sizes or FILE_NAME in sizes
+    if not begun and any(name.startswith(SHARD) for name in sizes):
+        raise ValueError(f"{out.uri} holds shards of an unknown build: choose another --out, or empty this one")
+
+
 def _refuse_other(out: Store, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     different = [f"{key} {theirs.get(key)!r} there, {ours[key]!r} here" for key in ours if theirs.get(key) != ours[key]]
     if different:
@@ -87,11 +112,15 @@ def _read_plan(out: Store) -> dict[str, Any] | None:
         raise ValueError(f"{out.uri}/{PLAN} is damaged: choose another --out, or empty this one") from None
 
 
-def _receipts(out: Store, sizes: dict[str, int], shards: Collection[str]) -> dict[str, Receipt]:
-    """A shard without a receipt, or not as its receipt says, is none."""
+def _receipts(out: Store, sizes: dict[str, int], shards: Mapping[str, str]) -> dict[str, Receipt]:
+    """A shard without a receipt, or not as its receipt says, or of files that have changed since, is none."""
     names = [name for name in shards if name in sizes and receipt_name(name) in sizes]
     found = zip(names, prefetched(partial(_receipt, out), names, threads=READ_THREADS, ahead=READ_AHEAD), strict=True)
-    return {name: each for name, each in found if each and not not_as_stated(sizes, [each.info])}
+    return {
+        name: each
+        for name, each in found
+        if each and each.versions_sha256 == shards[name] and not not_as_stated(sizes, [each.info])
+    }
 
 
 def _receipt(out: Store, shard: str) -> Receipt | None:
@@ -105,6 +134,14 @@ def forget(out: Store, shards: Collection[str]) -> None:
     """Let shards be made again."""
     for name in shards:
         out.remove(receipt_name(name))
+
+
+def clear(out: Store) -> None:
+    """Remove all shards, those without receipt, too, and all that says which build it was."""
+    for name in [name for name, _ in out.entries((".arrow",)) if name.startswith(SHARD)]:
+        with suppress(FileNotFoundError):  # the same build, run twice at once, does the same
+            out.remove(name)
+    tidy(out)
 
 
 def tidy(out: Store) -> None:

@@ -18,7 +18,7 @@ class BuildConfig:
     images: str
     """URI of the folder of images (cityscapes, voc: of the data set); with the format images also of a .txt list."""
     out: str
-    """Folder for the shards."""
+    """Folder for the shards. What is finished there stays: give another one for images or annotations that changed."""
     format: Format = "coco"
     """coco: one JSON; cityscapes, voc: their folders; labelme: a JSON beside each image; images: no annotations."""
     annotations: str | None = None
@@ -86,6 +86,12 @@ class BuildConfig:
             raise ValueError(
                 f"more sides are {', '.join(map(str, self.more_sides))}: give other ones than {self.shorter_side}, "
                 f"each once, from 0 (each image's own size) to {self.longer_side}"
+            )
+        large = [f"{shorter} x {longer}" for _, shorter, longer in self.folders() if shorter * longer > MOST_PIXELS]
+        if large:
+            raise ValueError(
+                f"sides are {', '.join(large)}: their product must be at most {MOST_PIXELS}, whose bytes a row can "
+                "just hold; the paper has 800 x 1333"
             )
         if self.tile and not 0 <= self.tile_overlap < self.tile:
             raise ValueError(

@@ -15,6 +15,7 @@ from pipelines.transforms import Pixels, encode
 
 FILE_NAME = "contact_sheet.png"
 COLUMNS = 3
+MOST_IMAGES = 100
 SIDE = 800  # pixels of a cell: as large as mrcnn.visualize makes an image, so that labels stay legible
 CAPTION = 28
 MARGIN = 8
@@ -23,15 +24,20 @@ MARGIN = 8
 def write_contact_sheet(data: str, out: str, images: int) -> str:
     """Draw images that are evenly spread over a data set, and write them as one PNG into the folder `out`: its URI.
 
-    Raises ValueError for fewer than one image, or where the data set is damaged.
+    Raises ValueError for a number of images that `check_images` refuses, or where the data set is damaged.
     """
-    if images < 1:
-        raise ValueError(f"--images is {images}, but must be at least 1")
+    check_images(images)
     dataset, store = ShardDataset(data), open_store(out)
     numbers = np.unique(np.linspace(0, len(dataset) - 1, min(images, len(dataset)), dtype=np.int64)).tolist()
     cells = [draw_cell(dataset.read(number), dataset) for number in numbers]
     store.write_bytes(FILE_NAME, bytes(encode(_arrange(cells), "png")))
     return store.uri_of(FILE_NAME)
+
+
+def check_images(images: int) -> None:
+    """Raises ValueError where there can be no picture of so many images: all of it is in memory."""
+    if not 1 <= images <= MOST_IMAGES:
+        raise ValueError(f"--images is {images}, but must be 1 to {MOST_IMAGES}")
 
 
 def draw_cell(row: Row, dataset: ShardDataset) -> Pixels:

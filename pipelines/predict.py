@@ -32,6 +32,7 @@ from pipelines.prefetch import prefetched
 from pipelines.records import Reject, Stage
 from pipelines.sources.names import image_ids
 from pipelines.storage import Store
+from pipelines.storage_errors import FileRefusedError
 from pipelines.transforms import DecodeError, Pixels, decode, encode
 
 SCHEMA_VERSION = 3  # of the parts; 3: image ids depend on names alone
@@ -223,6 +224,8 @@ def _read_image(images: Store, name: str) -> Pixels | _Unusable:
         return _Unusable("decode", str(error))
     except FileNotFoundError:
         return _Unusable("read", "no such file")
+    except FileRefusedError:
+        return _Unusable("read", "no permission")
 
 
 def _receipt_from_json(text: str | bytes) -> ChunkReceipt:

@@ -26,6 +26,11 @@ REJECTS = pa.schema(
 REJECTED_ANNOTATIONS = REJECTS.insert(2, pa.field("annotation_id", pa.int64()))
 
 
+def printable(text: str) -> str:
+    """The text as it can be stored, whatever bytes or JSON escapes it comes from."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 @dataclass(frozen=True)
 class Reject:
     """An image that did not become a row."""
@@ -34,6 +39,9 @@ class Reject:
     image_id: int | None
     stage: Stage
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", printable(self.reason))  # which may quote what is no Unicode
 
 
 @dataclass(frozen=True)
@@ -46,13 +54,16 @@ class RejectedAnnotation:
     stage: Stage
     reason: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", printable(self.reason))
+
 
 class SourceError(ValueError):
     """An image's annotation file that cannot be used; the message is the reject's reason."""
 
 
 class Images(Protocol):
-    """Where the images of a source are: a folder (`Store`), or files anywhere (sources/uri_list.py)."""
+    """Where the images of a source are: a folder (`Store`), or files anywhere (sources/image_files.py)."""
 
     @property
     def uri(self) -> str:
@@ -80,6 +91,8 @@ class ImageRecord:
     """JSON list, where all annotations lie in one file"""
     annotation_files: Sequence[str] = ()
     """Names of the image's own annotation files, relative to the source's images"""
+    version: str = ""
+    """Of the image and its annotation files, see `Store.versions`; empty where the source lists no files"""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -112,7 +125,7 @@ class SourceData:
     rejects: list[Reject]
     images: int
     sha256: str
-    """Of the annotation file, or of the list of images"""
+    """Of the annotation file, or of the names of the images"""
     rejected_annotations: list[RejectedAnnotation] = field(default_factory=list)
     annotations: int | None = None
     """All in the annotation file; None where each image has its own: then the tasks count them"""

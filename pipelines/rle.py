@@ -27,6 +27,7 @@ class Window:
     width: int
 
 
+MAX_RUN = 2**31  # pixels, more than any image has
 MAX_COORDINATE = 1e6  # pixels; pycocotools takes memory in proportion to the length of an outline
 
 
@@ -46,10 +47,12 @@ def ends_from_counts(counts: bytes) -> Ends:
     place = np.arange(digits.size) - np.repeat(starts, lengths)
     values = np.add.reduceat((digits & 31) << (5 * place), starts)
     values -= np.where(digits[last] & 16, np.int64(1) << (5 * lengths), 0)
+    if abs(values).max() > MAX_RUN:  # before it is summed up, which would pass int64
+        raise ValueError("a run of the COCO run-length string is too long")
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])  # the first run stands alone
-    if values.min() < 0:
-        raise ValueError("a run of the COCO run-length string is negative")
+    if values.min() < 0 or values.max() > MAX_RUN:
+        raise ValueError("a run of the COCO run-length string is negative or too long")
     return np.cumsum(values)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ from mrcnn.preprocess import resize_image, resized_size
 from pipelines.config import Encoding
 from pipelines.scaling import Scaling, scale_instances
 from pipelines.storage import Store
-from pipelines.tiling import Part
-from pipelines.transforms import Pixels, encode
+from pipelines.tiling import Part, Tiling, windows
+from pipelines.transforms import MAX_SIDE, Pixels, encode
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class Picture:
     image_id: int
     uri: str
     pixels: Pixels
+
+
+def size_fault(source: tuple[int, int], *, tiling: Tiling, scales: Sequence[Scale], encoding: Encoding) -> str | None:
+    """Why an image of (height, width), or a tile of it, cannot be stored at one of the scales."""
+    window, bound = windows(source, tiling)[0], MAX_SIDE.get(encoding)  # all windows have one size
+    for scale in scales:
+        height, width = scale.size(window.height, window.width)
+        if bound and max(height, width) > bound:
+            return f"image has a side too long for {encoding}: {width} x {height} pixels to store, the bound is {bound}"
+    return None
 
 
 def make_row(picture: Picture, part: Part, scale: Scale, encoding: Encoding) -> dict[str, Any]:

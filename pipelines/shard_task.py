@@ -19,8 +19,9 @@ from pipelines.config import Encoding, Format
 from pipelines.manifest import ShardInfo
 from pipelines.prefetch import prefetched
 from pipelines.records import ImageRecord, Images, Objects, Reject, RejectedAnnotation, Stage
-from pipelines.rows import Picture, Scale, make_row
+from pipelines.rows import Picture, Scale, make_row, size_fault
 from pipelines.shards import ShardWriter
+from pipelines.sources.names import versions_sha256
 from pipelines.sources.reading import ReadRecord, parse_record, read_record
 from pipelines.tasks import failing_in_words
 from pipelines.tiling import Tiling, parts
@@ -56,6 +57,8 @@ class Receipt:
     instances: int
     rejects: list[Reject]
     rejected_annotations: list[RejectedAnnotation]
+    versions_sha256: str = ""
+    """Of the records' files: where these have changed, the shard is made again"""
     further_tiles: int = 0
     """Rows beyond the first of their image"""
     further_parts: int = 0
@@ -113,7 +116,7 @@ class _ShardTask:
     rejected_annotations: list[RejectedAnnotation] = field(default_factory=list)
 
     def run(self, name: str, records: list[ImageRecord]) -> list[Receipt]:
-        receipts = [self._receipt(info) for info in self._write(name, records)]
+        receipts = [self._receipt(info, versions_sha256(records)) for info in self._write(name, records)]
         assert self.images + len(self.rejects) == len(records)
         for scale, receipt in zip(self.settings.scales, receipts, strict=True):
             scale.out.write_bytes(receipt_name(name), receipt.to_json().encode())
@@ -129,9 +132,10 @@ class _ShardTask:
                         writer.write(row)
             return [writer.info(name) for writer in writers]
 
-    def _receipt(self, info: ShardInfo) -> Receipt:
+    def _receipt(self, info: ShardInfo, versions_sha256: str) -> Receipt:
         return Receipt(
             info=info,
+            versions_sha256=versions_sha256,
             annotations=self.annotations,
             instances=self.instances,
             rejects=self.rejects,
@@ -161,13 +165,19 @@ class _ShardTask:
         except DecodeError as error:
             self._reject(record, objects, "decode", str(error))
             return
-        height, width = image.shape[:2]
-        if objects.usable and (objects.height or height, objects.width or width) != (height, width):
-            stated = f"{objects.width} x {objects.height} stated, {width} x {height} decoded"
-            self._reject(record, objects, "validate", f"image is not of the annotated size: {stated}")
+        wrong_size = self._size_fault(image.shape[0], image.shape[1], objects)
+        if wrong_size is not None:
+            self._reject(record, objects, "validate", wrong_size)
             return
         picture = Picture(record.image_id, self.settings.images.uri_of(record.file_name), image)
         yield from self._picture_rows(picture, record, objects)
+
+    def _size_fault(self, height: int, width: int, objects: Objects) -> str | None:
+        if objects.usable and (objects.height or height, objects.width or width) != (height, width):
+            stated = f"{objects.width} x {objects.height} stated, {width} x {height} decoded"
+            return f"image is not of the annotated size: {stated}"
+        settings = self.settings
+        return size_fault((height, width), tiling=settings.tiling, scales=settings.scales, encoding=settings.encoding)
 
     def _picture_rows(
         self, picture: Picture, record: ImageRecord, objects: Objects

@@ -6,25 +6,30 @@ Endpoint and credentials come from the usual AWS_* variables (or AWS's own files
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-import tempfile
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 
 from pipelines.filesystems import filesystem, is_conflict
-from pipelines.storage_errors import FileRefusedError, endpoint_hint, full_disk_told, make_folder, plain_errors
+from pipelines.local_files import held_part, lock, nameless_file, remove_empty, rename
+from pipelines.storage_errors import (
+    LOGIN,
+    FileRefusedError,
+    endpoint_hint,
+    full_disk_told,
+    make_folder,
+    plain_errors,
+)
 
 # Bytes, S3's bound. Parts of a larger file would stay, unseen but paid for, when their writer dies.
 SINGLE_PUT = 5 * 2**30
-NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # exFAT, some mounted buckets
+DELETED_AT_ONCE = 1000  # S3's bound
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Store:
         if self.is_local:
             with self._part(name) as part:
                 part.write_bytes(data)
-                _rename(part, self.path / name)
+                rename(part, self.path / name)
         else:
             self._call("pipe_file", name, data)
 
@@ -99,7 +104,7 @@ class Store:
         if self.is_local:
             with self._part(name) as part:
                 part.write_bytes(data)
-                return _rename(part, self.path / name, replace=False)
+                return rename(part, self.path / name, replace=False)
         with plain_errors(self.uri_of(name)):
             try:
                 self._fs.pipe_file(f"{self._root}/{check_name(name)}", data, mode="create")
@@ -113,16 +118,17 @@ class Store:
     def new_file(self, name: str) -> Iterator[Path]:
         """A local path to write a large file to; it gets its name here when the block ends without error.
 
-        On S3 it is one PUT (up to 5 GB): nothing is left there by a writer that dies.
+        On S3 it is one PUT (up to 5 GB): nothing is left there by a writer that dies. For it, the whole file is in
+        memory.
         """
         if self.is_local:
             with self._part(name) as part:
                 yield part
-                _rename(part, self.path / name)
+                rename(part, self.path / name)
             return
-        with _nameless_file() as part:
+        with nameless_file() as part:
             yield part
-            with plain_errors(self.uri_of(name)):
+            with plain_errors(self.uri_of(name)):  # of an open file s3fs, which does not rewind, would retry the rest
                 self._fs.put_file(str(part), f"{self._root}/{check_name(name)}", chunksize=SINGLE_PUT // 2)
 
     @contextmanager
@@ -131,7 +137,7 @@ class Store:
         if self.is_local:
             yield Path(self.uri_of(name))
             return
-        with _nameless_file() as copy:
+        with nameless_file() as copy:
             self._call("get_file", name, str(copy))
             yield copy
 
@@ -141,12 +147,9 @@ class Store:
         `remove_leftovers` knows that nobody writes it any more."""
         target = Path(self.uri_of(name))
         make_folder(target.parent)
-        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-        with plain_errors(self.uri_of(name)):
-            held = part.open("xb")
+        part, held = held_part(target)
         try:
             with held, full_disk_told(target):
-                _lock(held, fcntl.LOCK_SH)
                 yield part
         finally:
             part.unlink(missing_ok=True)
@@ -155,7 +158,7 @@ class Store:
         """Remove what writers that were killed have left in this very folder, unseen. Living ones lose nothing."""
         for part in self.path.glob(".*.part") if self.is_local else ():
             with suppress(FileNotFoundError), part.open("rb") as held:
-                if _lock(held, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                if lock(held, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     part.unlink()
 
     def remove(self, name: str) -> None:
@@ -164,47 +167,92 @@ class Store:
 
     def remove_folder(self, name: str) -> None:
         """Remove a folder and all below it, if it is there. Others may do so at the same time."""
-        if not self.is_local:
-            with suppress(FileNotFoundError):
-                self._call("rm", name, recursive=True)
+        if not self.is_local:  # not fsspec's `rm`, which takes out[1] for a pattern that fits out1
+            store = self.join(name)
+            found = [file for file, _ in store.entries(hidden=True)]
+            for start in range(0, len(found), DELETED_AT_ONCE):
+                store._remove_files(found[start : start + DELETED_AT_ONCE])
             return
         with plain_errors(self.uri_of(name)):
             for folder, _, files in os.walk(self.uri_of(name), topdown=False):
                 for file in files:
                     Path(folder, file).unlink(missing_ok=True)
-                _remove_empty(folder)
+                remove_empty(folder)
+
+    def _remove_files(self, names: Sequence[str]) -> None:
+        if not self.uri.startswith("s3://"):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    self.remove(name)
+            return
+        bucket, _, prefix = self._root.partition("/")
+        keys = {"Objects": [{"Key": f"{prefix}/{name}"} for name in names], "Quiet": True}
+        with plain_errors(self.uri):
+            answer = self._fs.call_s3("delete_objects", Bucket=bucket, Delete=keys)
+        for error in answer.get("Errors", ()):
+            raise PermissionError(f"{self.uri} cannot be removed: {error.get('Key')}: {error.get('Message')}")
 
     def list(self, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
         """Names of all files below, folder by folder and sorted, hidden ones left out; empty if there is no
         folder.
 
-        `suffixes` such as (".jpg", ".png") are compared without case. Streams: S3 pages of 1000, one local
-        folder.
+        `suffixes` such as (".jpg", ".png") are compared without case. Links to folders are not followed. Streams: S3
+        pages of 1000, one local folder.
         """
         return (name for name, _ in self.entries(suffixes))
 
+    def linked_folders(self) -> Iterator[str]:
+        """Names of the links to local folders elsewhere, sorted, hidden ones left out: what `list` does not follow."""
+        for folder, folders, _ in os.walk(self.path) if self.is_local else ():
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            paths = (os.path.join(folder, name) for name in folders)
+            yield from (os.path.relpath(path, self.path) for path in paths if self._leads_out(path))
+
+    def _leads_out(self, path: str) -> bool:
+        """Whether a path is a link to a local folder that is not below this one."""
+        if not self.is_local or not (os.path.islink(path) and os.path.isdir(path)):
+            return False
+        return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.path))
+
     def entries(self, suffixes: tuple[str, ...] = (), *, hidden: bool = False) -> Iterator[tuple[str, int]]:
         """Names as in `list`, each with its bytes; with the hidden ones where they are wanted."""
-        walk = self._list_s3() if self.uri.startswith("s3://") else self._list_folder("")
-        for name, size in walk:
+        return (each[:2] for each in self._listed(suffixes, hidden=hidden, follow_links=False))
+
+    def versions(self, suffixes: tuple[str, ...] = (), *, follow_links: bool = False) -> Iterator[tuple[str, str]]:
+        """Names as in `list`, each with what changes as its file does, so far as the listing knows: its bytes, and on
+        disk its time, on S3 its ETag. With `follow_links` local folders elsewhere that links lead to are listed, too,
+        each once."""
+        listed = self._listed(suffixes, hidden=False, follow_links=follow_links)
+        return ((name, f"{size} {change}") for name, size, change in listed)
+
+    def _listed(self, suffixes: tuple[str, ...], *, hidden: bool, follow_links: bool) -> Iterator[tuple[str, int, str]]:
+        seen = set[str]() if follow_links and self.is_local else None
+        walk = self._list_s3() if self.uri.startswith("s3://") else self._list_folder("", seen)
+        for name, size, change in walk:
             left_out = not hidden and any(part.startswith(".") for part in name.split("/"))
             if not left_out and (not suffixes or name.lower().endswith(suffixes)):
-                yield name, size
+                yield name, size, change
 
-    def _list_folder(self, folder: str) -> Iterator[tuple[str, int]]:
+    def _list_folder(self, folder: str, seen: set[str] | None) -> Iterator[tuple[str, int, str]]:
+        """`seen`, where links are followed: the folders so far, so that none is listed twice or for ever."""
         path = f"{self._root}/{folder}".rstrip("/")
+        if seen is not None and os.path.realpath(path) in seen:
+            return
         with plain_errors(self.uri):
             if not self._fs.isdir(path):
                 return
             entries = self._fs.ls(path, detail=True)
+        if seen is not None:
+            seen.add(os.path.realpath(path))
         found = {each["name"].rstrip("/").rsplit("/", 1)[-1]: each for each in entries}
         for name in sorted(found):
-            if found[name]["type"] == "directory":
-                yield from self._list_folder(f"{folder}{name}/")
+            followed = seen is not None and self._leads_out(f"{path}/{name}")
+            if found[name]["type"] == "directory" or followed:
+                yield from self._list_folder(f"{folder}{name}/", seen)
             else:
-                yield f"{folder}{name}", int(found[name]["size"] or 0)
+                yield f"{folder}{name}", int(found[name]["size"] or 0), str(found[name].get("mtime", ""))
 
-    def _list_s3(self) -> Iterator[tuple[str, int]]:
+    def _list_s3(self) -> Iterator[tuple[str, int, str]]:
         bucket, _, prefix = self._root.partition("/")
         prefix = f"{prefix}/" if prefix else ""
         more: dict[str, str] = {}
@@ -212,7 +260,7 @@ class Store:
             with plain_errors(self.uri):
                 page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
             files = (each for each in page.get("Contents", ()) if not each["Key"].endswith("/"))
-            yield from ((each["Key"][len(prefix) :], each["Size"]) for each in files)
+            yield from ((each["Key"][len(prefix) :], each["Size"], each["ETag"]) for each in files)
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
@@ -245,7 +293,7 @@ def open_store(uri: str) -> Store:
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
         return Store(str(Path(rest if separator else uri).expanduser().absolute()))
-    if "@" in rest.split("/")[0]:
+    if LOGIN.match(uri):
         raise ValueError("a URI must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     if not rest.strip("/"):
         raise ValueError(f"{uri!r} names no bucket: write {scheme}://bucket/prefix")
@@ -278,45 +326,3 @@ def check_name(name: str) -> str:
     if not name or name.startswith("/") or "://" in name or "\0" in name or ".." in parts:
         raise ValueError(f"file name {name!r} leads out of its folder: use a path relative to it, without '..'")
     return name
-
-
-@contextmanager
-def _nameless_file() -> Iterator[Path]:
-    """A way to a temporary file that no folder lists: it goes with its process, however that ends."""
-    folder = tempfile.gettempdir()
-    with full_disk_told(Path(folder)), tempfile.TemporaryFile(dir=folder) as file:
-        yield Path(f"/proc/self/fd/{file.fileno()}")
-
-
-def _rename(part: Path, target: Path, *, replace: bool = True) -> bool:
-    """Give a finished file its name; False where there is one already that is not to be replaced."""
-    with plain_errors(str(target)):
-        if replace:
-            os.replace(part, target)
-            return True
-        try:
-            os.link(part, target)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in NO_LINKS or target.exists():
-                raise
-            os.replace(part, target)
-        return True
-
-
-def _lock(file: BinaryIO, kind: int) -> bool:
-    """Whether the lock was got. Where a file system has no locks nobody gets any, and leftovers stay."""
-    try:
-        fcntl.flock(file, kind)
-    except OSError:
-        return False
-    return True
-
-
-def _remove_empty(folder: str) -> None:
-    try:
-        os.rmdir(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # another has removed it, or writes to it again
-            raise

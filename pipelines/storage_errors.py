@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,15 +20,25 @@ from botocore.exceptions import (
 )
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What stands before an @ where the host should be; a colon that no port follows: a secret key may hold slashes.
+LOGIN = re.compile(r"^([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
+QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*")
 
 
 class FileRefusedError(PermissionError):
     """One file may not be read, though its folder answers: the credentials are right."""
 
 
+def without_secrets(uri: str) -> str:
+    """A URI as it may be stored and shown: no name and password, and of a web address no query, which may sign it."""
+    public = LOGIN.sub(r"\1", uri)
+    return public.partition("?")[0] if public.startswith(("http://", "https://")) else public
+
+
 @contextmanager
 def plain_errors(uri: str) -> Iterator[None]:
     """Turn what is raised into FileNotFoundError, PermissionError (credentials, modes) or ValueError (all else)."""
+    uri = without_secrets(uri)
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -37,6 +48,10 @@ def plain_errors(uri: str) -> Iterator[None]:
     except PermissionError as error:
         raise PermissionError(_refusal(uri, error)) from None
     except (BotoCoreError, ClientError, BodyError, OSError, TimeoutError) as error:
+        raise _other_error(uri, error) from None
+    except Exception as error:
+        if "://" not in uri or type(error).__module__ == "builtins":  # not of a cloud's own library
+            raise
         raise _other_error(uri, error) from None
 
 
@@ -86,7 +101,8 @@ def _other_error(uri: str, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno in FULL:
         return _full(uri, error)
     if not uri.startswith("s3://"):
-        return ValueError(f"{uri} cannot be used: {error}")
+        kind, told = f"{type(error).__name__}: " if "://" in uri else "", QUERY.sub(r"\1", str(error))
+        return ValueError(f"{uri} cannot be used: {kind}{told}")
     return ValueError(f"{uri} cannot be reached{endpoint_hint(uri)}: {type(error).__name__}: {error}")
 
 

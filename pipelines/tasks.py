@@ -76,5 +76,8 @@ def failing_in_words(function: Callable[..., Task]) -> Callable[..., Task]:
         except (ValueError, OSError) as error:
             kind = next((name for name, kind in FAILURES.items() if isinstance(error, kind)), ValueError.__name__)
             return {"failure": kind, "message": str(error)}
+        except MemoryError as error:
+            message = f"memory is short ({error}): give fewer --cpus, each of which works on images of its own"
+            return {"failure": RuntimeError.__name__, "message": message}
 
     return guarded

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.rle import Ends, Window, box_from_ends, crop_ends, pixels_in, segmentation_ends
 from pipelines.scaling import rle_of
+from pipelines.validate import lies_far, min_extent
 
 Instance = dict[str, Any]
 
@@ -74,7 +75,7 @@ def part_of(
     for number, (instance, mask) in enumerate(zip(instances, masks, strict=True)):
         if not _touches(instance["box"], window):
             continue
-        cut = _cut_mask(instance, mask, window, height) if pixels_in(mask) else _cut_box(instance, window)
+        cut = (_cut_mask if pixels_in(mask) else _cut_box)(instance, mask, window, height)
         if cut is None:
             continue
         share, shown = cut
@@ -87,8 +88,15 @@ def part_of(
 
 
 def _touches(box: Sequence[float], window: Window) -> bool:
+    width, height = _overlap(box, window)
+    return width >= min_extent(window.width) and height >= min_extent(window.height)
+
+
+def _overlap(box: Sequence[float], window: Window) -> tuple[float, float]:
+    """Width and height of what a window shows of a box; not positive where it shows nothing."""
     left, top, right, bottom = box
-    return left < window.x + window.width and right > window.x and top < window.y + window.height and bottom > window.y
+    width = min(right, window.x + window.width) - max(left, window.x)
+    return width, min(bottom, window.y + window.height) - max(top, window.y)
 
 
 def _cut_mask(instance: Instance, mask: Ends, window: Window, height: int) -> tuple[float, Instance] | None:
@@ -108,20 +116,27 @@ def _cut_mask(instance: Instance, mask: Ends, window: Window, height: int) -> tu
 
 def _moved(instance: Instance, shown: Ends, window: Window) -> Instance:
     """An instance that lies in the window as a whole."""
-    segmentation = instance["segmentation"]
-    polygons, corner = segmentation["polygons"], [window.x, window.y]
-    segmentation = {
-        "polygons": polygons and [(np.reshape(each, (-1, 2)) - corner).ravel().tolist() for each in polygons],
-        "rle": segmentation["rle"] and rle_of(shown, (window.height, window.width)),
-    }
+    segmentation = instance["segmentation"] and _moved_segmentation(instance["segmentation"], shown, window)
     points = instance["keypoints"] and _keypoints(instance["keypoints"], window)
     return {**instance, "box": _clipped(instance["box"], window), "segmentation": segmentation, "keypoints": points}
 
 
-def _cut_box(instance: Instance, window: Window) -> tuple[float, Instance]:
+def _moved_segmentation(segmentation: dict[str, Any], shown: Ends, window: Window) -> dict[str, Any]:
+    """Polygons that leave the image, and so the window by more of its sides than a row may have, become run lengths."""
+    size, corner, polygons = (window.height, window.width), [window.x, window.y], segmentation["polygons"]
+    moved = polygons and [(np.reshape(each, (-1, 2)) - corner).ravel().tolist() for each in polygons]
+    if moved and any(lies_far(each, size) for each in moved):
+        return {"polygons": None, "rle": rle_of(shown, size)}
+    return {"polygons": moved, "rle": segmentation["rle"] and rle_of(shown, size)}
+
+
+def _cut_box(instance: Instance, mask: Ends, window: Window, height: int) -> tuple[float, Instance]:
     """The same for an instance without a mask, or whose polygons are too thin to cover a pixel: by its box."""
     box, (left, top, right, bottom) = _clipped(instance["box"], window), instance["box"]
-    share = (box[2] - box[0]) * (box[3] - box[1]) / ((right - left) * (bottom - top))
+    shown = _overlap(instance["box"], window)
+    share = shown[0] * shown[1] / ((right - left) * (bottom - top))
+    if share == 1:
+        return share, _moved(instance, crop_ends(mask, height, window), window)
     points = instance["keypoints"] and _keypoints(instance["keypoints"], window)
     cut = {**instance, "box": box, "area": instance["area"] * share, "segmentation": None, "keypoints": points}
     return share, cut

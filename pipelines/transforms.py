@@ -18,6 +18,7 @@ Pixels = NDArray[np.uint8]
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
 ORIENTATION = 0x0112  # EXIF tag
 JPEG_QUALITY = 95
+MAX_SIDE: dict[Encoding, int] = {"jpeg": 65_500, "png": 1_000_000}  # libjpeg's and libpng's bounds
 
 
 class DecodeError(ValueError):
@@ -62,6 +63,8 @@ def _upright(image: Pixels, data: bytes) -> Pixels:
     try:
         with Image.open(io.BytesIO(data)) as header:
             orientation = header.getexif().get(ORIENTATION, 1)
+    except MemoryError:
+        raise
     except Exception:  # as in _decode_any; unreadable EXIF is no EXIF
         return image
     return _turned(image, orientation)
@@ -89,7 +92,7 @@ def _decode_any(data: bytes, max_pixels: int) -> Pixels:
         raise DecodeError("not an image of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError(f"decompression bomb: {error}") from None
-    except DecodeError:
+    except (DecodeError, MemoryError):  # which is not the image's fault
         raise
     except Exception as error:  # Pillow's plug-ins raise whatever: RuntimeError, struct.error, zlib.error, ...
         raise DecodeError(f"damaged image: {error}") from None
@@ -126,27 +129,39 @@ def use_one_thread() -> None:
 
 
 def encode(image: Pixels, encoding: Encoding) -> bytes:
-    """Pixels as they are stored. The same pixels give the same bytes."""
-    if encoding == "raw":
-        return image.tobytes()
+    """Pixels as a JPEG or PNG, no side longer than MAX_SIDE; raw ones need no encoding. The same pixels give the same
+    bytes."""
     if encoding == "jpeg":
         return simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="444")
-    if encoding == "png":
-        good, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 1])
-        assert good
-        return data.tobytes()
-    raise ValueError(f"encoding is {encoding!r}, but must be raw, jpeg or png")
+    assert encoding == "png"
+    good, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    assert good
+    return data.tobytes()
 
 
 def decode_stored(data: bytes | memoryview, *, encoding: str, height: int, width: int) -> Pixels:
-    """The inverse of `encode` (JPEG's loss apart). Raw pixels are a read-only view of `data`."""
+    """The inverse of `encode` (JPEG's loss apart). Raw pixels are a read-only view of `data`.
+
+    Raises ValueError where the bytes are not an image of height x width.
+    """
     if encoding == "raw":
         return np.frombuffer(data, np.uint8).reshape(height, width, 3)
     if encoding == "jpeg":
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
-    if encoding == "png":
+        image = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    elif encoding == "png":
+        image = _decode_png(data)
+    else:
+        raise ValueError(f"an image of this shard is stored as {encoding!r}: raw, jpeg and png are known")
+    if image.shape != (height, width, 3):
+        raise ValueError(f"an image has {image.shape[1]} x {image.shape[0]} pixels, {width} x {height} are stated")
+    return image
+
+
+def _decode_png(data: bytes | memoryview) -> Pixels:
+    try:
         bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        if bgr is None:
-            raise ValueError("an image of this shard is not a PNG: build the data again")
-        return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)
-    raise ValueError(f"an image of this shard is stored as {encoding!r}: raw, jpeg and png are known")
+    except cv2.error:  # no bytes, or a size beyond its bounds
+        bgr = None
+    if bgr is None:
+        raise ValueError("an image of this shard is not a PNG: build the data again")
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), np.uint8)

@@ -12,10 +12,23 @@ from pipelines.rle import Ends, ends_from_counts
 from pipelines.scaling import rle_of
 
 FAR = 1.0  # image sides by which a polygon may leave the image: farther is a mistake, and slow to rasterise
+MIN_EXTENT = 1e-3  # pixels of a box in the image; what is less has no extent
+FLOAT32 = 2.0**-22  # of a coordinate: two steps of float32, which boxes are stored as
 
 
 class AnnotationError(ValueError):
     """An annotation that cannot be used; the message is the reject's reason."""
+
+
+def min_extent(side: int) -> float:
+    """Pixels that a box must have along a side of an image, so that it keeps its extent as float32 and at any scale."""
+    return max(MIN_EXTENT, FLOAT32 * side)
+
+
+def lies_far(polygon: Sequence[float], size: tuple[int, int], *, tolerance: float = 0.0) -> bool:
+    """Whether x1, y1, x2, y2, ... leaves an image of (height, width) by more than FAR of its sides, or has a NaN."""
+    away = np.abs(np.reshape(polygon, (-1, 2)) / [size[1], size[0]] - 0.5)
+    return not (away <= 0.5 + FAR + tolerance).all()
 
 
 def to_instance(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -57,6 +70,8 @@ def _box(bbox: Any, size: tuple[int, int]) -> list[float]:
     top, bottom = max(y, 0.0), min(y + height, float(rows))
     if left >= right or top >= bottom:
         raise AnnotationError(f"box lies outside the image: {numbers} in {columns} x {rows}")
+    if right - left < min_extent(columns) or bottom - top < min_extent(rows):
+        raise AnnotationError(f"box has no extent: {right - left:g} x {bottom - top:g} in the image")
     return [left, top, right, bottom]
 
 
@@ -94,14 +109,13 @@ def _segmentation(value: Any, size: tuple[int, int]) -> dict[str, Any] | None:
 
 def _polygons(value: list[Any], size: tuple[int, int]) -> list[list[float]]:
     found, total = [], 0.0
-    rows, columns = size
     for each in value:
         numbers = _numbers(each, "polygon")
         if len(numbers) < 6 or len(numbers) % 2:
             raise AnnotationError(f"polygon has fewer than three points or an odd count: {len(numbers)} numbers")
-        x, y = np.array(numbers[0::2]), np.array(numbers[1::2])
-        if max((abs(x - columns / 2) / columns).max(), (abs(y - rows / 2) / rows).max()) > 0.5 + FAR:
+        if lies_far(numbers, size):
             raise AnnotationError("polygon lies far outside the image")
+        x, y = np.array(numbers[0::2]), np.array(numbers[1::2])
         total += abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
         found.append(numbers)
     if total == 0:
@@ -111,7 +125,7 @@ def _polygons(value: list[Any], size: tuple[int, int]) -> list[list[float]]:
 
 def _rle_ends(rle: dict[str, Any], size: tuple[int, int]) -> Ends:
     if rle.get("size") != list(size):
-        raise AnnotationError(f"run lengths are for another size: {rle.get('size')}, the image has {list(size)}")
+        raise AnnotationError(f"run lengths are for another size: {rle.get('size')!r}, the image has {list(size)}")
     counts = rle.get("counts")
     if isinstance(counts, str):
         try:

@@ -229,7 +229,8 @@ class _ShardCheck:
             return
         row: dict[str, Any] = batch.drop_columns(["image"]).to_pylist()[0]
         self.ids.append(row["image_id"] if row["image_id"] is not None else -1)
-        self.images.append(row["tile"]["image_id"] or -1 if row["tile"] else self.ids[-1])
+        image_id = row["tile"]["image_id"] if row["tile"] else row["image_id"]
+        self.images.append(image_id if image_id is not None else -1)
         self.tall.append((row["height"] or 0) > (row["width"] or 0))
         self.instances += len(row["instances"] or ())
         yield from row_faults(row, memoryview(batch["image"][0].as_buffer()).cast("B"), self.categories)

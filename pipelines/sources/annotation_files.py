@@ -49,7 +49,7 @@ def decode_ids(data: bytes) -> Ids:
             if image.mode not in ID_MODES:
                 raise SourceError(f"annotation file is no image of ids: its pixels are {image.mode}")
             return np.asarray(image).astype(np.int32)
-    except SourceError:
+    except (SourceError, MemoryError):  # which is not the file's fault
         raise
     except UnidentifiedImageError:  # whose message differs each time
         raise SourceError("annotation file is not an image of a known format") from None

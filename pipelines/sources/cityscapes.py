@@ -19,7 +19,8 @@ from pipelines.config import BuildConfig
 from pipelines.records import ImageRecord, Objects, SourceData, SourceError
 from pipelines.sources.annotation_files import Ids, check_size, decode_ids, object_of_mask, parse_object
 from pipelines.sources.image_files import named_images
-from pipelines.storage import open_store
+from pipelines.sources.names import unfollowed_folders
+from pipelines.storage import Store, open_store
 
 CATEGORIES = tuple(Category(id=id_, name=name) for id_, name in CLASSES.items())
 IDS = {name: id_ for id_, name in CLASSES.items()}
@@ -40,21 +41,34 @@ def read_cityscapes(config: BuildConfig) -> SourceData:
     """
     images, split = open_store(config.images).check_folder(), config.split or "train"
     photos, fine = f"leftImg8bit/{split}", f"gtFine/{split}"
-    stems = [name[: -len(IMAGE)] for name in images.join(photos).list((IMAGE.lower(),))]
-    if not stems:
+    links = config.follow_links
+    versions = _versions(images, photos, (IMAGE,), follow_links=links)
+    versions |= _versions(images, fine, (INSTANCE_IDS, POLYGONS), follow_links=links)
+    names = sorted(name for name in versions if name.startswith(f"{photos}/"))
+    if not names:
         raise FileNotFoundError(
             f"{images.uri} holds no {photos}/CITY/*{IMAGE}: "
             "give the folder with leftImg8bit and gtFine in it, or another --split"
         )
-    masks_only = {name[: -len(INSTANCE_IDS)] for name in images.join(fine).list((INSTANCE_IDS.lower(),))}
-    masks_only -= {name[: -len(POLYGONS)] for name in images.join(fine).list((POLYGONS.lower(),))}
 
     def annotation_files(name: str) -> tuple[str, ...]:
-        stem = name[len(photos) + 1 : -len(IMAGE)]
-        return (f"{fine}/{stem}{INSTANCE_IDS if stem in masks_only else POLYGONS}",)
+        stem = f"{fine}/{name[len(photos) + 1 : -len(IMAGE)]}"
+        masks_only = f"{stem}{INSTANCE_IDS}" in versions and f"{stem}{POLYGONS}" not in versions
+        return (f"{stem}{INSTANCE_IDS if masks_only else POLYGONS}",)
 
-    names = [f"{photos}/{stem}{IMAGE}" for stem in sorted(stems)]
-    return named_images(images, names, categories=CATEGORIES, annotation_files=annotation_files)
+    return named_images(
+        images,
+        names,
+        categories=CATEGORIES,
+        annotation_files=annotation_files,
+        rejects=unfollowed_folders(images.join(photos), follow_links=links),
+        versions=versions,
+    )
+
+
+def _versions(images: Store, folder: str, endings: tuple[str, ...], *, follow_links: bool) -> dict[str, str]:
+    found = images.join(folder).versions(tuple(ending.lower() for ending in endings), follow_links=follow_links)
+    return {f"{folder}/{name}": version for name, version in found}
 
 
 def cityscapes_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequence[Category]) -> Objects:

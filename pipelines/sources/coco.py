@@ -27,6 +27,8 @@ def read_coco(config: BuildConfig) -> SourceData:
 
     Labels are 1..K by rising category id. An image that cannot be used is a reject, and so is an annotation of no such
     image. A file without annotations (image_info) may lack categories, too. An id may be written as 1.0, not as "1".
+    The images are not listed, and are taken as unchanging: only the JSON tells one data set from another.
+
     Raises ValueError, naming the file and what is wrong with it, where it is not COCO at all or too large for memory.
     """
     assert config.annotations is not None

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 from mrcnn.structures import Category
 from pipelines.config import BuildConfig
-from pipelines.records import ImageRecord, Images, Objects, Reject, SourceData
+from pipelines.records import ImageRecord, Images, Objects, Reject, SourceData, printable
 from pipelines.sources.names import (
     OUTSIDE,
     SUFFIXES,
     image_ids,
     name_fault,
     names_sha256,
-    printable,
     shown_uri,
     text_fault,
+    unfollowed_folders,
 )
 from pipelines.storage import Store, open_store, read_uri, split_uri
+from pipelines.storage_errors import without_secrets
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class ListedImages:
     """Of the list"""
 
     def uri_of(self, name: str) -> str:
-        """The name itself."""
-        return name
+        """The name itself, as it may be shown."""
+        return without_secrets(name)
 
     def read_bytes(self, name: str) -> bytes:
         """A whole file."""
@@ -42,20 +44,17 @@ def read_image_files(config: BuildConfig) -> SourceData:
     """Records of all images below `config.images`, or of all lines of the .txt file that it is.
 
     In a list, a path that is not absolute is relative to the list's folder, and empty lines do not count; a line that
-    comes twice, or cannot be a file, is a reject. Raises FileNotFoundError where there are no images.
+    comes twice, or cannot be a file, is a reject. The files of a list are taken as unchanging. Raises FileNotFoundError
+    where there are no images.
     """
     if config.images.endswith(".txt"):
         return _read_list(config.images)
     images = open_store(config.images).check_folder()
-    return named_images(images, list_images(images))
-
-
-def list_images(images: Store) -> list[str]:
-    """Sorted names of the images in a folder and below. Raises FileNotFoundError where there are none."""
-    names = sorted(images.list(SUFFIXES))
-    if not names:
+    versions = dict(sorted(images.versions(SUFFIXES, follow_links=config.follow_links)))
+    if not versions:
         raise FileNotFoundError(f"{images.uri} holds no images ({', '.join(SUFFIXES)}): give the folder that does")
-    return names
+    rejects = unfollowed_folders(images, follow_links=config.follow_links)
+    return named_images(images, list(versions), versions=versions, rejects=rejects)
 
 
 def named_images(
@@ -65,15 +64,19 @@ def named_images(
     categories: tuple[Category, ...] = (),
     annotation_files: Callable[[str], tuple[str, ...]] | None = None,
     rejects: Sequence[Reject] = (),
+    versions: Mapping[str, str] = MappingProxyType({}),
 ) -> SourceData:
-    """Records of differing names, with ids by `image_ids` and the files that `annotation_files` names for each. A name
-    that cannot be used is a reject, besides those that are given. Annotations are counted by the tasks, if any."""
+    """Records of differing names, with ids by `image_ids` and the files that `annotation_files` names for each, and the
+    `versions` of all these files (`Store.versions`) where they are known. A name that cannot be used is a reject,
+    besides those that are given. Annotations are counted by the tasks, if any."""
     records: list[ImageRecord] = []
     unusable = list(rejects)
     for id_, name in zip(image_ids(names), names, strict=True):
         fault = name_fault(name) if isinstance(images, Store) else text_fault(name)
         if fault is None:
-            records.append(ImageRecord(id_, name, annotation_files=annotation_files(name) if annotation_files else ()))
+            files = annotation_files(name) if annotation_files else ()
+            version = ", ".join(versions.get(each, "") for each in (name, *files)) if versions else ""
+            records.append(ImageRecord(id_, name, annotation_files=files, version=version))
         else:
             unusable.append(Reject(shown_uri(images, name), id_, "source", fault))
     return SourceData(
@@ -108,7 +111,7 @@ def _read_list(uri: str) -> SourceData:
         if fault is None:
             names[full] = None
         else:
-            rejects.append(Reject(printable(full), None, "source", fault))
+            rejects.append(Reject(printable(without_secrets(full)), None, "source", fault))
     if not names and not rejects:
         raise FileNotFoundError(f"{uri} lists no images: write one URI a line")
     return named_images(ListedImages(f"{store.uri}/{name}"), list(names), rejects=rejects)

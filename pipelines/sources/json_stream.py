@@ -64,8 +64,12 @@ class JsonObject:
     def elements(self) -> Iterator[Element]:
         """The elements of all lists that are values of the object, in the order of the file.
 
-        Raises ValueError, with the byte where it is, for what is not JSON, not UTF-8, cut off or nested too deeply.
+        There are none where the file is a list. Raises ValueError, with the byte where it is, for what is not JSON, not
+        UTF-8, cut off or nested too deeply.
         """
+        if self._peek() == "[":  # perhaps as large as memory: not looked into
+            self.kind = "list"
+            return
         if self._peek() != "{":
             value, _ = self._value()
             self.kind = type(value).__name__

@@ -13,11 +13,12 @@ from typing import Any
 from mrcnn.structures import Category
 from pipelines.config import BuildConfig
 from pipelines.prefetch import prefetched
-from pipelines.records import ImageRecord, Objects, SourceData, SourceError
+from pipelines.records import ImageRecord, Objects, Reject, SourceData, SourceError, printable
 from pipelines.sources.annotation_files import check_size, parse_object
 from pipelines.sources.image_files import named_images
-from pipelines.sources.names import SUFFIXES, links_outside
+from pipelines.sources.names import SUFFIXES, links_outside, shown_uri, unfollowed_folders
 from pipelines.storage import Store, open_store
+from pipelines.storage_errors import FileRefusedError
 
 JSON = ".json"
 CIRCLE_ERROR = 0.1  # pixels by which a circle's polygon may be inside of it
@@ -28,13 +29,14 @@ Points = list[tuple[float, float]]
 
 def read_labelme(config: BuildConfig) -> SourceData:
     """Records of all images below `config.images`, each with the JSON of its own name (a.json for a.jpg); an image
-    without one has not been annotated, and is a reject. A JSON without image stands for the image in its imageData.
+    without one has not been annotated, and is a reject, as is the second image for a JSON. A JSON without image stands
+    for the image in its imageData.
 
     Category ids are the labels, 1..K, in the order of `config.classes` or else of the sorted names that occur. Raises
     FileNotFoundError where there are no JSON files, ValueError where they name no class.
     """
     images = open_store(config.images).check_folder()
-    listed = sorted(images.list((*SUFFIXES, JSON)))
+    listed = dict(sorted(images.versions((*SUFFIXES, JSON), follow_links=config.follow_links)))
     photos = [name for name in listed if not name.lower().endswith(JSON)]
     stems = {_stem(name) for name in photos}
     jsons = {_stem(name): name for name in listed if name.lower().endswith(JSON)}
@@ -43,10 +45,17 @@ def read_labelme(config: BuildConfig) -> SourceData:
     classes = config.classes or tuple(sorted(set(_labels(images, sorted(jsons.values()), config.follow_links))))
     if not classes:
         raise ValueError(f"{images.uri}: no shape of its JSON files has a label: is it LabelMe?")
+    twins = _twins([name for name in photos if _stem(name) in jsons])
+    rejects = [
+        Reject(shown_uri(images, name), None, "source", f"two images for one JSON: {first} is the other")
+        for name, first in twins.items()
+    ]
     return named_images(
         images,
-        sorted([*photos, *(name for stem, name in jsons.items() if stem not in stems)]),
+        sorted({*photos, *(name for stem, name in jsons.items() if stem not in stems)} - twins.keys()),
+        rejects=[*rejects, *unfollowed_folders(images, follow_links=config.follow_links)],
         categories=tuple(Category(id=id_, name=name) for id_, name in enumerate(classes, start=1)),
+        versions=listed,
         annotation_files=lambda name: (jsons.get(_stem(name), f"{_stem(name)}{JSON}"),),
     )
 
@@ -115,10 +124,10 @@ def _outline(shape: Any, labels: dict[str, int]) -> Points:
     if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
         raise SourceError("shape has no label")
     if shape["label"] not in labels:
-        raise SourceError(f"unknown category: {shape['label']}")
+        raise SourceError(f"unknown category: {shape['label']!r}")
     kind = shape.get("shape_type") or "polygon"
     if kind not in ("polygon", "rectangle", "circle"):
-        raise SourceError(f"shape is no polygon, rectangle or circle: {kind}")
+        raise SourceError(f"shape is no polygon, rectangle or circle: {kind!r}")
     points = _points(shape.get("points"))
     needed = {"polygon": 3, "rectangle": 2, "circle": 2}[kind]
     if len(points) < needed:
@@ -163,13 +172,20 @@ def _labels(images: Store, names: Sequence[str], follow_links: bool) -> Iterator
             return []
         try:
             return parse_object(images.read_bytes(name)).get("shapes") or []
-        except (FileNotFoundError, SourceError):
+        except (FileNotFoundError, FileRefusedError, SourceError):
             return []
 
     for shapes in prefetched(read, names, threads=READ_THREADS, ahead=READ_AHEAD):
         for shape in shapes if isinstance(shapes, list) else []:
-            if isinstance(shape, dict) and isinstance(shape.get("label"), str):
-                yield shape["label"]
+            label = shape.get("label") if isinstance(shape, dict) else None
+            if isinstance(label, str) and label == printable(label):  # no class is called what is not Unicode
+                yield label
+
+
+def _twins(photos: Sequence[str]) -> dict[str, str]:
+    """The images whose JSON belongs to another already, and that other image."""
+    firsts: dict[str, str] = {}
+    return {name: first for name in photos if (first := firsts.setdefault(_stem(name), name)) != name}
 
 
 def _stem(name: str) -> str:

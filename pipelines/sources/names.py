@@ -8,10 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
-from pipelines.records import Images
+from pipelines.records import ImageRecord, Images, Reject, printable
 from pipelines.storage import Store, check_name
+from pipelines.storage_errors import without_secrets
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# What is called otherwise is no image to any source: neither a row nor a reject.
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
+    ".tga", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
 OUTSIDE = "file name leads out of the image folder"
 LINK_OUTSIDE = "a symbolic link leads out of the image folder"
 HASHED = 1 << 62  # set in hashed ids, and larger than any number of 18 digits
@@ -46,11 +51,17 @@ def links_outside(images: Images, name: str) -> bool:
     return os.path.commonpath([root, path]) != root
 
 
-def image_ids(names: Sequence[str]) -> list[int]:
-    """An id for each of some differing names, which depends on nothing but the name.
+def unfollowed_folders(images: Store, *, follow_links: bool) -> list[Reject]:
+    """A reject for each link to a folder elsewhere, unless these are followed: what is in it is not looked at."""
+    links = () if follow_links else images.linked_folders()
+    return [Reject(shown_uri(images, name), None, "source", LINK_OUTSIDE) for name in links]
 
-    It is the number that the file is called by (as COCO's files are); for others, and where several files have
-    the same number, 62 bits of the name's SHA-256. Raises ValueError where two of these are the same.
+
+def image_ids(names: Sequence[str]) -> list[int]:
+    """An id for each of some differing names, in any order.
+
+    It is the number that the file is called by (as COCO's files are), so long as no other file is called by the same;
+    if not, 62 bits of the name's SHA-256. Raises ValueError where two of these are the same.
     """
     numbers = [_number(name) for name in names]
     times = Counter(numbers)
@@ -70,8 +81,14 @@ def names_sha256(names: Iterable[str]) -> str:
     """Digest of a list of names."""
     digest = hashlib.sha256()
     for name in names:
-        digest.update(name.encode(errors="surrogateescape") + b"\n")
+        digest.update(printable(name).encode() + b"\n")
     return digest.hexdigest()
+
+
+def versions_sha256(records: Iterable[ImageRecord]) -> str:
+    """Digest of the records' versions; empty where they have none."""
+    versions = [record.version for record in records]
+    return names_sha256(versions) if any(versions) else ""
 
 
 def _number(name: str) -> int | None:
@@ -84,11 +101,6 @@ def _hashed(name: str) -> int:
     return HASHED | int.from_bytes(digest[:8], "big") >> 2
 
 
-def printable(name: str) -> str:
-    """The name as text that can be stored, whatever bytes it is on disk."""
-    return name.encode(errors="backslashreplace").decode()
-
-
 def shown_uri(images: Images, name: str) -> str:
     """URI of a file for a reject: of any name, also one that is never read."""
-    return printable(f"{images.uri}/{name}" if isinstance(images, Store) else name)
+    return printable(f"{images.uri}/{name}" if isinstance(images, Store) else without_secrets(name))

@@ -49,7 +49,14 @@ def read_voc(config: BuildConfig) -> SourceData:
         return f"SegmentationObject/{png}", f"SegmentationClass/{png}"
 
     names = [f"JPEGImages/{stem}.jpg" for stem in stems]
-    return named_images(images, names, categories=CATEGORIES, annotation_files=annotation_files, rejects=rejects)
+    versions = {
+        f"{folder}/{name}": version
+        for folder in ("JPEGImages", "SegmentationObject", "SegmentationClass")
+        for name, version in images.join(folder).versions()
+    }
+    return named_images(
+        images, names, categories=CATEGORIES, annotation_files=annotation_files, rejects=rejects, versions=versions
+    )
 
 
 def voc_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequence[Category]) -> Objects:

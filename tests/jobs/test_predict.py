@@ -23,9 +23,10 @@ from mrcnn import Category, InputConfig, KeypointConfig, MaskConfig, MaskRCNN, l
 from mrcnn.evaluation import evaluate_coco
 from mrcnn.weights import model_files
 from pipelines.dataset import ShardDataset
-from pipelines.predict import PREDICTIONS, Chunk, ChunkPredictor, PredictSettings
+from pipelines.predict import PREDICTIONS, Chunk, ChunkPredictor, PredictSettings, _read_image, _Unusable
 from pipelines.sources.names import image_ids
-from pipelines.storage import open_store
+from pipelines.storage import Store, open_store
+from pipelines.storage_errors import FileRefusedError
 from pipelines.toy import ToySummary
 
 BROKEN = "zz-broken.jpg"
@@ -216,6 +217,14 @@ def test_from_bucket_to_bucket(
     assert table["detections"].equals(local["detections"])
     assert table["uri"][0].as_py().startswith(f"{s3}/predict/in/")
     assert sum(name.startswith("overlays/") for name in store.list()) == 1
+
+
+def test_an_image_that_alone_is_refused_is_a_reject(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Store, name: str) -> bytes:
+        raise FileRefusedError(name)
+
+    monkeypatch.setattr(Store, "read_bytes", refuse)
+    assert _read_image(open_store(str(images)), BROKEN) == _Unusable("read", "no permission")
 
 
 def test_keypoints_without_masks(toy_data: ToySummary, ray_cluster: None, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline import run_inline
 
 from pipelines import build as build_module
 from pipelines import tasks as tasks_module
@@ -72,6 +73,15 @@ def test_what_travels_is_text(toy_config: BuildConfig, tmp_path: Path, monkeypat
     summary = build(replace(toy_config, out=str(tmp_path)))
     assert len(sent) == len(received) == 4
     assert sum(map(len, sent + received)) < summary.bytes / 20
+
+
+def test_short_memory_is_told_in_words() -> None:
+    @failing_in_words
+    def hungry(task: Task) -> Task:
+        raise MemoryError("cannot allocate 3 GiB")
+
+    with pytest.raises(RuntimeError, match=r"memory is short \(cannot allocate 3 GiB\): give fewer --cpus"):
+        list(run_inline(hungry, [{"name": "a"}]))
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -16,7 +16,7 @@ import pytest
 from inline import run_inline
 
 from pipelines import build as build_module
-from pipelines.build import BuildConfig, build
+from pipelines.build import BuildConfig, build, prepare
 from pipelines.toy import ToySummary
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -188,6 +188,55 @@ def test_many_rejects_end_a_large_build_early(config: BuildConfig, monkeypatch: 
         build(config)
     assert seen["tasks"] < 4
     assert build(replace(config, max_reject_share=0.9)).totals.rejects == 14
+
+
+def test_a_refused_build_leaves_no_shards_of_tasks_that_had_begun(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray is given many tasks at once, and those that it has begun go on."""
+
+    def eager(function: Any, tasks: Any) -> Any:
+        yield from list(run_inline(function, tasks))
+
+    good = {path: path.read_bytes() for path in Path(config.images).iterdir()}
+    for path in good:
+        path.write_bytes(b"")
+    monkeypatch.setattr(build_module, "ENOUGH", 3)
+    monkeypatch.setattr(build_module, "run_tasks", eager)
+    with pytest.raises(ValueError, match=r"not one image of .*nothing else is kept"):
+        build(config)
+    assert not list(Path(config.out).glob("*.arrow"))
+    for path, data in good.items():
+        path.write_bytes(data)
+    assert build(config).totals.rows == 16
+
+
+def test_a_refused_build_leaves_no_shard_without_receipt(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process that was killed between the two leaves one."""
+    monkeypatch.setattr(build_module, "run_tasks", run_inline)
+    content = json.loads(Path(config.annotations or "").read_text())
+    content["images"] += [{"id": 1000 + i, "file_name": f"../{i}.jpg"} for i in range(4)]
+    Path(config.annotations or "").write_text(json.dumps(content))
+    prepare(replace(config, max_reject_share=1.0))
+    Path(config.out, "shard-00000.arrow").write_bytes(b"without receipt")
+    with pytest.raises(ValueError, match=r"4 of 20 images .*nothing else is kept"):
+        build(config)
+    assert build(replace(config, max_reject_share=1.0)).totals.rows == 16
+
+
+@pytest.mark.parametrize(("setting", "what"), LOST)
+def test_a_finished_build_is_measured_by_lower_shares(
+    config: BuildConfig, setting: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "run_tasks", run_inline)
+    spoil(config, what)
+    build(replace(config, **{setting: 0.9}))
+    before = Path(config.out, "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match=rf"3 of \d+ {what}.* were rejected.* is finished.* give a new --out") as told:
+        build(replace(config, **{setting: 0.01}))
+    assert SPOILT[0] in str(told.value), "examples"
+    assert Path(config.out, "manifest.json").read_bytes() == before
+    assert build(replace(config, **{setting: 0.9})).shards_made == 0
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])

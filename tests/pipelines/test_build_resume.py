@@ -171,6 +171,23 @@ def test_another_build_begins_first(
     assert checksums(out) == checksums(toy_shards)
 
 
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("taken_by", ["a finished build", "a begun build", "shards of nobody"])
+def test_of_several_sides_none_is_begun_where_one_is_taken(
+    toy_config: BuildConfig, taken_by: str, tmp_path: Path
+) -> None:
+    config = replace(toy_config, out=str(tmp_path), more_sides=(32,))
+    theirs = replace(toy_config, out=f"{tmp_path}/32", rows_per_shard=4)
+    if taken_by == "shards of nobody":
+        open_store(theirs.out).write_bytes("shard-00000.arrow", b"")
+    else:
+        (build if taken_by == "a finished build" else prepare)(theirs)
+    before = checksums(str(tmp_path))
+    with pytest.raises(ValueError, match=r"/32 holds (another build|shards of an unknown build)"):
+        prepare(config)
+    assert checksums(str(tmp_path)) == before
+
+
 def test_two_threads_build_the_same_with_ray(
     toy_config: BuildConfig, toy_shards: str, ray_cluster: None, tmp_path: Path
 ) -> None:

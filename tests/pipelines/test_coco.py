@@ -15,7 +15,7 @@ from pipelines.records import ImageRecord, Objects, SourceData
 from pipelines.rle import bitmap_from_ends, segmentation_ends
 from pipelines.scaling import Scaling, scale_instance
 from pipelines.sources.coco import coco_objects, read_coco
-from pipelines.validate import AnnotationError, to_instance
+from pipelines.validate import AnnotationError, min_extent, to_instance
 
 SQUARE = [1.0, 1.0, 5.0, 1.0, 5.0, 5.0, 1.0, 5.0]
 SIZE = (10, 12)
@@ -202,10 +202,14 @@ def test_keypoints_are_as_many_as_their_category_names(tmp_path: Path) -> None:
         ({"segmentation": [[1, 1, 2, 2]]}, "polygon has fewer than three points"),
         ({"segmentation": [[*SQUARE, 1.0]]}, "polygon has fewer than three points or an odd count"),
         ({"segmentation": [[1, 1, 2, 2, 3, 3]]}, "polygon has no area"),
+        ({"bbox": [3, 3, 1e-6, 4]}, "box has no extent: 1e-06 x 4 in the image"),
+        ({"bbox": [-5, 3, 5 + 1e-6, 4]}, "box has no extent"),
         ({"segmentation": [[1, 1, 2, 2, 3, float("nan")]]}, "polygon is not a list of finite"),
         ({"segmentation": [[1, 1, 2, 2, 1e8, 3]]}, "polygon lies far outside"),
         ({"segmentation": "mask"}, "segmentation is neither"),
         ({"segmentation": {"size": [9, 12], "counts": [108]}}, "run lengths are for another size"),
+        ({"segmentation": {"size": "\ud800", "counts": "1"}}, r"run lengths are for another size: '\\ud800'"),
+        ({"segmentation": {"size": [10, 12], "counts": "0" + "oooooooo9" * 60_000}}, "run lengths are damaged"),
         ({"segmentation": {"size": [10, 12], "counts": [100]}}, "run lengths do not fill"),
         ({"segmentation": {"size": [10, 12], "counts": [-1, 121]}}, "run lengths are damaged"),
         ({"segmentation": {"size": [10, 12], "counts": []}}, "run lengths do not fill"),
@@ -221,6 +225,17 @@ def test_keypoints_are_as_many_as_their_category_names(tmp_path: Path) -> None:
 def test_unusable_geometry_has_its_reason(wrong: dict, reason: str) -> None:
     with pytest.raises(AnnotationError, match=reason):
         to_instance({**annotation(), "label": 2, **wrong}, SIZE)
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.37, 1.0, 7.0])
+@pytest.mark.parametrize("side", [100, 5000, 80_000_000])
+def test_the_smallest_box_keeps_its_extent_in_float32(side: int, factor: float) -> None:
+    """Or the build would accept what verify-data calls broken."""
+    given, extent = {**annotation(), "label": 2, "segmentation": None}, 1.001 * min_extent(side)
+    for left in np.linspace(0, side - extent, 1001)[:-1].tolist():
+        instance = to_instance({**given, "bbox": [left, 0, extent, 1]}, (1, side))
+        x1, _, x2, _ = np.multiply(instance["box"], factor).astype(np.float32)
+        assert x1 < x2
 
 
 def test_everything_is_scaled_with_the_image() -> None:

@@ -149,7 +149,7 @@ def test_picture(shards: str, tmp_path: Path) -> None:
     assert len(set(crowd.tolist())) > 1, "coloured by a mask"
     few = cv2.imread(write_contact_sheet(shards, str(tmp_path), 2))
     assert few.shape[1] == 2 * SIDE + MARGIN
-    with pytest.raises(ValueError, match="--images is 0, but must be at least 1"):
+    with pytest.raises(ValueError, match="--images is 0, but must be 1 to 100"):
         write_contact_sheet(shards, str(tmp_path), 0)
 
 
@@ -159,6 +159,10 @@ def test_command(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "5 images: 4 rows" in printed
     assert f"picture: {tmp_path / FILE_NAME}" in printed
     assert np.any(cv2.imread(str(tmp_path / FILE_NAME)))
+    for number in ("0", "101"):
+        assert main(["inspect-data", shards, "--out", str(tmp_path), "--images", number]) == 2
+        told = capsys.readouterr()
+        assert (told.out, f"--images is {number}, but must be 1 to 100" in told.err) == ("", True), "before the scan"
     assert main(["inspect-data", str(tmp_path)]) == 2
     assert "no finished shards" in capsys.readouterr().err
 

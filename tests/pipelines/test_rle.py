@@ -54,7 +54,7 @@ def test_long_runs() -> None:
     np.testing.assert_array_equal(flip_ends(ends, 1200, 1300), ends_from_bitmap(bitmap[:, ::-1]))
 
 
-@pytest.mark.parametrize("counts", [b"", b"\xff\xff", b" ", b"P", b"PPPPPPPPPPPPPPPP0"])
+@pytest.mark.parametrize("counts", [b"", b"\xff\xff", b" ", b"P", b"PPPPPPPPPPPPPPPP0", b"0" + b"oooooooo9" * 60_000])
 def test_damaged_counts(counts: bytes) -> None:
     with pytest.raises(ValueError, match="run"):
         ends_from_counts(counts)

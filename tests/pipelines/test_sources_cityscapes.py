@@ -119,6 +119,18 @@ def test_polygons_and_ids_give_the_same_rows(tmp_path: Path) -> None:
     assert [len(masks(row)) for row in ids.rows] == [len(objects_of(scene(i)).usable) for i in (0, 2, 1)], "by city"
 
 
+def test_a_city_may_be_a_link(tmp_path: Path) -> None:
+    root = Path(write_data_set(tmp_path / "data"))
+    for folder in ("leftImg8bit", "gtFine"):
+        (tmp_path / folder).mkdir()
+        (root / folder / "train/city1").rename(tmp_path / folder / "city1")
+        (root / folder / "train/city1").symlink_to(tmp_path / folder / "city1")
+    settings = {"format": "cityscapes", "images": str(root), "shorter_side": HEIGHT, "longer_side": WIDTH}
+    made = built(tmp_path / "out", **settings)
+    assert (made.totals.rows, made.rejects) == (2, {"city1": "source: a symbolic link leads out of the image folder"})
+    assert built(tmp_path / "followed", **settings, follow_links=True).totals.rows == 3
+
+
 def test_what_is_missing_or_damaged_is_a_reject(tmp_path: Path) -> None:
     root = Path(write_data_set(tmp_path / "data", "polygons", images=4, split="val"))
     fine = root / "gtFine/val"
@@ -191,3 +203,15 @@ def test_from_s3_with_ray(s3: str, tmp_path: Path) -> None:
     assert build(config).totals == build(replace(config, images=store.uri, out=str(tmp_path / "there"))).totals
     here, there = ShardDataset(str(tmp_path / "here")), ShardDataset(str(tmp_path / "there"))
     assert [here.read(i).instances for i in range(3)] == [there.read(i).instances for i in range(3)]
+
+
+@pytest.mark.parametrize("kinds", ["polygons", "ids", "images"])
+def test_a_finished_build_is_not_that_of_changed_files(tmp_path: Path, kinds: str) -> None:
+    root = write_data_set(tmp_path / "data", "polygons" if kinds == "images" else kinds, images=1)
+    settings = {"images": root, "format": "cityscapes", "shorter_side": HEIGHT, "longer_side": WIDTH}
+    built(tmp_path / "out", **settings)
+    pattern = {"polygons": "*_polygons.json", "ids": "*_instanceIds.png", "images": "*_leftImg8bit.png"}[kinds]
+    (file,) = Path(root).rglob(pattern)
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"holds another build .file_versions_sha256"):
+        built(tmp_path / "out", **settings)

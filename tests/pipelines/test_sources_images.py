@@ -11,11 +11,13 @@ from sources import built, write_image
 
 from pipelines.config import BuildConfig, Format
 from pipelines.sources import SOURCES
-from pipelines.sources.names import SUFFIXES, image_ids
+from pipelines.sources.image_files import ListedImages
+from pipelines.sources.names import SUFFIXES, image_ids, shown_uri
 from pipelines.storage import open_store
 
 
 def test_a_folder_is_all_images_below_it(tmp_path: Path) -> None:
+    assert {".jfif", ".jpe", ".jp2", ".ppm", ".avif"} < set(SUFFIXES)
     names = sorted([*(f"of/every/kind{suffix}" for suffix in SUFFIXES), "000000000139.png", "UPPER.PNG"])
     for name in names:
         write_image(tmp_path / "data" / name)
@@ -31,6 +33,17 @@ def test_a_folder_is_all_images_below_it(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no images .*give the folder that does"):
         built(tmp_path / "other", images=str(tmp_path / "empty"), format="images")
+
+
+@pytest.mark.parametrize(("settings", "rows"), [({}, 1), ({"tile": 65_500}, 3), ({"encoding": "png"}, 2)])
+def test_an_image_that_is_too_long_for_jpeg_is_a_reject(tmp_path: Path, settings: dict[str, Any], rows: int) -> None:
+    write_image(tmp_path / "data/long.png", height=10, width=70_000)
+    write_image(tmp_path / "data/short.png")
+    as_they_are = {"format": "images", "shorter_side": 0, "encoding": "jpeg"}
+    made = built(tmp_path / "out", images=str(tmp_path / "data"), **as_they_are | settings)
+    assert len(made.rows) == rows
+    told = "image has a side too long for jpeg: 70000 x 10 pixels to store, the bound is 65500"
+    assert made.rejects == ({} if settings else {"long.png": f"validate: {told}"})
 
 
 def test_a_list_of_uris_from_disk_and_s3(s3: str, tmp_path: Path) -> None:
@@ -62,6 +75,19 @@ def test_a_list_of_uris_from_disk_and_s3(s3: str, tmp_path: Path) -> None:
     store.write_bytes("list.txt", b"deep/c.png\n")
     made = built(tmp_path / "s3", images=f"{s3}/listed/list.txt", format="images")
     assert [row.uri for row in made.rows] == [good[2]]
+
+
+def test_secrets_of_a_list_are_not_told(tmp_path: Path) -> None:
+    lines = ["s3://KEY:SECRET@bucket/a.jpg", "s3://KEY:SEC/RET@bucket/a.jpg", "s3://KEY:SECRET@bucket/a.jpg"]
+    write_image(tmp_path / "b.png")
+    (tmp_path / "list.txt").write_text("\n".join([*lines, "b.png"]))
+    built(tmp_path / "out", images=str(tmp_path / "list.txt"), format="images")
+    rejects = pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()
+    assert [each["uri"] for each in rejects] == ["s3://bucket/a.jpg"] * 3
+    assert all("not a URI that can be read: a URI must not hold credentials" in each["reason"] for each in rejects)
+    signed = "https://host.example:8080/x/a@b.jpg?X-Amz-Signature=SECRET"
+    listed = ListedImages(str(tmp_path / "list.txt"))
+    assert listed.uri_of(signed) == shown_uri(listed, signed) == "https://host.example:8080/x/a@b.jpg"
 
 
 @pytest.mark.parametrize(
@@ -96,3 +122,34 @@ def test_settings_belong_to_their_format(settings: dict[str, Any], message: str)
 
 def test_every_format_has_a_source() -> None:
     assert set(SOURCES) == set(get_args(Format))
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_a_finished_build_is_not_that_of_images_that_were_replaced(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = str(tmp_path / "data") if where == "disk" else f"{request.getfixturevalue('s3')}/replaced"
+    for value in (10, 20):
+        open_store(root).write_bytes("a.png", write_image(tmp_path / "a.png", value=value).read_bytes())
+        if value == 10:
+            built(tmp_path / "out", images=root, format="images")
+            built(tmp_path / "out", images=root, format="images")
+    with pytest.raises(ValueError, match=r"holds another build .file_versions_sha256"):
+        built(tmp_path / "out", images=root, format="images")
+    assert int(built(tmp_path / "new", images=root, format="images").rows[0].image[0, 0, 0]) == 20
+
+
+def test_an_unfinished_build_takes_up_images_that_were_replaced(tmp_path: Path) -> None:
+    for name in "abc":
+        write_image(tmp_path / f"data/{name}.png", value=10)
+    (tmp_path / "data/d.png").write_bytes(b"spoilt")
+    settings = {"images": str(tmp_path / "data"), "format": "images", "rows_per_shard": 1}
+    with pytest.raises(ValueError, match="mend them or allow more, and run the same command again"):
+        built(tmp_path / "out", **settings, max_reject_share=0.1)
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.arrow")}
+    for name in "bd":
+        write_image(tmp_path / f"data/{name}.png", value=20)
+    made = built(tmp_path / "out", **settings, max_reject_share=0.1)
+    assert [int(row.image[0, 0, 0]) for row in made.rows] == [10, 20, 10, 20]
+    again = [name for name in sorted(times) if (tmp_path / "out" / name).stat().st_mtime_ns != times[name]]
+    assert again == ["shard-00001.arrow", "shard-00003.arrow"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sources import built, write_image
 
 from pipelines.config import BuildConfig
+from pipelines.records import Reject, RejectedAnnotation
 from pipelines.sources import json_stream, memory
 from pipelines.sources.coco import coco_objects, read_coco
 from pipelines.sources.json_stream import JsonObject, file_blocks
@@ -47,6 +48,19 @@ def config(tmp_path: Path, data: bytes) -> BuildConfig:
     (tmp_path / "images").mkdir(exist_ok=True)
     (tmp_path / "coco.json").write_bytes(data)
     return BuildConfig(images=str(tmp_path / "images"), annotations=str(tmp_path / "coco.json"), out="unused")
+
+
+def test_reasons_are_stored_whatever_they_quote(tmp_path: Path) -> None:
+    """JSON's escapes may be no Unicode."""
+    write_image(tmp_path / "images/bild.png")
+    broken = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5], "segmentation": {"size": "\ud800"}}
+    content = {**SMALL, "images": [{"id": 1, "file_name": "bild.png"}], "annotations": [broken]}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    made = built(tmp_path / "out", images=str(tmp_path / "images"), annotations=str(tmp_path / "coco.json"))
+    told = "run lengths are for another size: '\\ud800', the image has [24, 32]"
+    assert made.lost == [(1, f"validate: {told}")]
+    for reject in (Reject("a", 1, "read", "\ud800"), RejectedAnnotation("a", 1, 1, "validate", "\ud800")):
+        assert reject.reason == "\\ud800"
 
 
 @settings(max_examples=60, deadline=None)
@@ -118,6 +132,23 @@ def test_byte_order_mark_and_any_order_of_keys(tmp_path: Path) -> None:
     assert sum(len(coco_objects(each, (), source.categories).usable) for each in source.records) == 10
 
 
+def test_a_list_is_not_coco_however_large_it_is(tmp_path: Path) -> None:
+    """Such as COCO's results: parsed whole it would take many times its size."""
+    fed: list[int] = []
+
+    def endless() -> Iterator[bytes]:
+        yield b" [1"
+        while True:
+            fed.append(1)
+            assert len(fed) < 3, "it is read on"
+            yield b", 1" * json_stream.BLOCK
+
+    parser = JsonObject(endless(), "file")
+    assert list(parser.elements()) == []
+    with pytest.raises(ValueError, match=r"coco\.json is not COCO: a list where an object with 'images' should be"):
+        read_coco(config(tmp_path, b"[1, 2, 3"))
+
+
 def test_not_a_number_spoils_its_annotation_alone(tmp_path: Path) -> None:
     """Python writes NaN into JSON, and most other parsers refuse the file for it."""
     content = json.loads(json.dumps(SMALL))
@@ -155,6 +186,18 @@ def test_memory_is_that_of_the_control_group(tmp_path: Path, monkeypatch: pytest
     assert memory.available_memory() == 3000 * 1024
     (tmp_path / "memory.max").write_text("2500\n")
     assert memory.available_memory() == 2000
+    (tmp_path / "memory.stat").write_text("active_file 7\ninactive_file 300\n")
+    assert memory.available_memory() == 2300, "the kernel takes back what it caches of files"
+
+
+def test_memory_is_that_of_an_older_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    for name, text in (
+        ("limit_in_bytes", "2500"), ("usage_in_bytes", "500"), ("stat", "inactive_file 1\ntotal_inactive_file 30\n")
+    ):  # fmt: skip
+        (tmp_path / f"memory/memory.{name}").write_text(text)
+    assert memory.available_memory() == 2030
 
 
 def test_the_driver_holds_little_more_than_the_text(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from sources import Built, built, masks, write_image
 
+from pipelines.storage import Store
+from pipelines.storage_errors import FileRefusedError
+
 SQUARE = [[2.0, 2.0], [10.0, 2.0], [10.0, 10.0], [2.0, 10.0]]
 
 
@@ -93,9 +96,9 @@ def test_shapes_without_inside_are_rejected_alone(tmp_path: Path) -> None:
     assert len(made.rows[0].instances) == 1
     assert made.totals.annotations == len(shapes)
     assert dict(made.lost) == {
-        2: "source: shape is no polygon, rectangle or circle: line",
-        3: "source: shape is no polygon, rectangle or circle: point",
-        4: "source: shape is no polygon, rectangle or circle: mask",
+        2: "source: shape is no polygon, rectangle or circle: 'line'",
+        3: "source: shape is no polygon, rectangle or circle: 'point'",
+        4: "source: shape is no polygon, rectangle or circle: 'mask'",
         5: "source: polygon has fewer than 3 points: 2",
         6: "source: points are not pairs of finite numbers",
         7: "source: points are not pairs of finite numbers",
@@ -111,7 +114,7 @@ def test_classes_may_be_given(tmp_path: Path) -> None:
     made = labelme(tmp_path, classes=("dog", "cat", "cow"))
     assert made.classes == ["dog", "cat", "cow"]
     assert [each["label"] for each in made.rows[0].instances] == [1, 2]
-    assert made.lost == [(3, "source: unknown category: __ignore__")]
+    assert made.lost == [(3, "source: unknown category: '__ignore__'")]
     with pytest.raises(ValueError, match=r"holds another build .annotations_sha256"):
         labelme(tmp_path, classes=("cat", "dog", "cow"))
 
@@ -134,6 +137,20 @@ def test_the_image_may_lie_in_the_json(tmp_path: Path) -> None:
     }
 
 
+def test_the_second_image_of_a_json_is_a_reject(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write(data, "a", [shape()], image=".jpg")
+    for name in ("a.png", "b.jpg", "b.png"):
+        write_image(data / name)
+    made = labelme(tmp_path)
+    assert [Path(row.uri).name for row in made.rows] == ["a.jpg"]
+    assert made.rejects == {
+        "a.png": "source: two images for one JSON: a.jpg is the other",
+        "b.jpg": "read: annotation file, no such file: b.json",
+        "b.png": "read: annotation file, no such file: b.json",
+    }
+
+
 def test_images_and_files_that_do_not_fit(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write(data, "good", [shape()])
@@ -153,10 +170,43 @@ def test_images_and_files_that_do_not_fit(tmp_path: Path) -> None:
     }
 
 
+def test_text_that_is_not_unicode_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "data", "a", [shape("\ud800"), shape("cat"), shape(kind="\ud800")])
+    made = labelme(tmp_path)
+    assert made.classes == ["cat"]
+    assert made.lost == [
+        (1, "source: unknown category: '\\ud800'"),
+        (3, "source: shape is no polygon, rectangle or circle: '\\ud800'"),
+    ]
+
+
+def test_a_json_that_may_not_be_read_is_a_reject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made to fail here: the tests may run as root, whom no mode stops."""
+    for stem in "ab":
+        write(tmp_path / "data", stem, [shape()])
+    read = Store.read_bytes
+
+    def refusing(self: Store, name: str) -> bytes:
+        if name == "b.json":
+            raise FileRefusedError("no")
+        return read(self, name)
+
+    monkeypatch.setattr(Store, "read_bytes", refusing)
+    assert labelme(tmp_path).rejects == {"b.png": "read: annotation file, no permission: b.json"}
+
+
 def test_folders_that_are_not_labelme(tmp_path: Path) -> None:
     write_image(tmp_path / "data/a.png")
     with pytest.raises(FileNotFoundError, match="no JSON files beside its images"):
         labelme(tmp_path)
     (tmp_path / "data/a.json").write_text("{}")
     with pytest.raises(ValueError, match="no shape of its JSON files has a label"):
+        labelme(tmp_path)
+
+
+def test_a_finished_build_is_not_that_of_changed_annotations(tmp_path: Path) -> None:
+    write(tmp_path / "data", "a", [shape()])
+    labelme(tmp_path)
+    write(tmp_path / "data", "a", [shape(), shape()], image=None)
+    with pytest.raises(ValueError, match=r"holds another build .file_versions_sha256"):
         labelme(tmp_path)

@@ -86,6 +86,23 @@ def test_links_that_lead_out_are_followed_only_when_told(tmp_path: Path) -> None
     assert not links_outside(open_store("s3://bucket/images"), "away/secret.png")
 
 
+def test_linked_folders_are_followed_when_told_and_rejects_otherwise(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for name in ("images/real.png", "images/folder/other.png", "elsewhere/far.png"):
+        write_image(tmp_path / name)
+    (images / "away").symlink_to(tmp_path / "elsewhere")
+    (images / "same").symlink_to(images / "folder")  # whose images have names of their own
+    (tmp_path / "elsewhere/back").symlink_to(images)
+    (tmp_path / "elsewhere/round").symlink_to(tmp_path / "elsewhere")
+    made = built(tmp_path / "out", images=str(images), format="images")
+    assert sorted(Path(row.uri).name for row in made.rows) == ["other.png", "real.png"]
+    assert made.rejects == {"away": "source: a symbolic link leads out of the image folder"}
+    followed = built(tmp_path / "followed", images=str(images), format="images", follow_links=True)
+    names = ["away/far.png", "folder/other.png", "real.png"]
+    assert [row.uri.removeprefix(f"{images}/") for row in followed.rows] == names
+    assert not followed.rejects
+
+
 def test_ids_are_the_numbers_of_the_names() -> None:
     assert image_ids(["000000000139.jpg", "val/000000000285.png", "7.x.png"])[:2] == [139, 285]
     assert image_ids(["a.png"]) == image_ids(["a.png", "b.png", "1.png"])[:1], "whatever else there is"

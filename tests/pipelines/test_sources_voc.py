@@ -104,3 +104,13 @@ def test_masks_that_are_missing_damaged_or_contradict(tmp_path: Path) -> None:
     assert made.lost[:2] == [(1, "source: unknown category: 44"), (2, "source: object has no class")]
     assert made.lost[-1] == (3, "read: image rejected: no such file"), "counted without its image"
     assert made.totals.annotations == made.totals.instances + len(made.lost) == 12
+
+
+@pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationObject", "SegmentationClass"])
+def test_a_finished_build_is_not_that_of_changed_files(tmp_path: Path, folder: str) -> None:
+    root = write_data_set(tmp_path / "VOC2012", ["2007_000032"])
+    voc(tmp_path, root)
+    (file,) = Path(root, folder).iterdir()
+    file.write_bytes(file.read_bytes() + b"0")
+    with pytest.raises(ValueError, match=r"holds another build .file_versions_sha256"):
+        voc(tmp_path, root)

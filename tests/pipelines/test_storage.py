@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipelines import local_files
 from pipelines.storage import open_store, read_uri
 from pipelines.storage_errors import FileRefusedError
 
@@ -41,6 +43,55 @@ def test_write_read_list_remove(root: str) -> None:
     store.remove_folder("a")
     store.remove_folder("never there")
     assert list(store.list()) == [NAMES[3]]
+
+
+def test_a_removed_folders_name_is_no_pattern(root: str) -> None:
+    store = open_store(root)
+    for name in ("out1/file", "out[1]/file", "out[1]/.hidden/file", "outer/file", "out*/file"):
+        store.write_bytes(name, b"")
+    store.remove_folder("out[1]")
+    store.remove_folder("out*")
+    store.remove_folder("out?")
+    assert [name for name, _ in store.entries(hidden=True)] == ["out1/file", "outer/file"]
+
+
+def test_a_part_that_is_removed_before_its_lock_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another build that takes it for a leftover."""
+    store, lock = open_store(str(tmp_path)), local_files.lock
+    parts: list[str] = []
+
+    def late(file: Any, kind: int) -> bool:
+        if kind == fcntl.LOCK_SH and not parts:
+            parts.append(file.name)
+            store.remove_leftovers()
+            assert not Path(file.name).exists()
+        return lock(file, kind)
+
+    monkeypatch.setattr(local_files, "lock", late)
+    with store.new_file("name") as part:
+        part.write_bytes(b"whole")
+        store.remove_leftovers()
+    assert parts
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("name", b"whole")]
+
+
+class CloudError(Exception):
+    """As the libraries of other clouds raise them."""
+
+
+def test_errors_of_any_cloud_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store("memory://folder")
+    raised: list[Exception] = [CloudError("no token at https://cloud.example/a?sig=SECRET")]
+
+    def fail(self: Any, path: str, **kwargs: Any) -> bytes:
+        raise raised[0]
+
+    monkeypatch.setattr(type(store._fs), "cat_file", fail)
+    with pytest.raises(ValueError, match=r"^memory://folder/a cannot be used: CloudError: no token at .*/a$"):
+        store.read_bytes("a")
+    raised[0] = TypeError("a mistake")
+    with pytest.raises(TypeError):
+        store.read_bytes("a")
 
 
 def test_new_file_appears_only_when_complete(root: str) -> None:
@@ -83,6 +134,7 @@ def test_missing_file_and_folder(root: str) -> None:
         ("ftq://host/x", "unknown scheme 'ftq'"),
         ("s3://", "names no bucket"),
         ("s3://key:secret@bucket/x", "must not hold credentials"),
+        ("s3://key:secret/more@bucket/x", "must not hold credentials"),
     ],
 )
 def test_bad_uris(uri: str, message: str) -> None:
@@ -179,3 +231,14 @@ def test_a_file_that_alone_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(type(store._fs), "cat_file", refuse)
     with pytest.raises(FileRefusedError, match=r"no permission for .*/a: check its owner and mode"):
         store.read_bytes("a")
+
+
+def test_versions_change_with_the_file(root: str) -> None:
+    store = open_store(root)
+    for name in ("a/b.png", "c.png", ".d.png", "e.txt"):
+        store.write_bytes(name, b"123")
+    before = dict(store.versions((".png",)))
+    assert list(before) == ["a/b.png", "c.png"]
+    store.write_bytes("c.png", b"321")
+    changed = {name for name, version in store.versions((".png",)) if version != before[name]}
+    assert changed == {"c.png"}, "though as long"

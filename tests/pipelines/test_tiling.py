@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inline import run_inline
+from made_shards import row
 from numpy.typing import NDArray
 from one_process import build_here
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from mrcnn.structures import Category
 from pipelines.build import build
 from pipelines.config import BuildConfig
 from pipelines.dataset import ShardDataset
@@ -28,6 +31,7 @@ from pipelines.storage import open_store
 from pipelines.tiling import Part, Tiling, part_of, parts, windows
 from pipelines.validate import to_instance
 from pipelines.verify import verify
+from pipelines.verify_rows import row_faults
 
 SIZE = (200, 330)  # height, width
 TILING = Tiling(side=128, overlap=32, min_share=0.25)
@@ -171,6 +175,42 @@ def test_an_object_without_mask_is_cut_by_its_box() -> None:
     assert all(part.instances[0]["segmentation"] is None for part in [first, *others] if part.instances)
 
 
+@pytest.mark.parametrize("segmentation", [None, [[101, 21, 101.25, 21, 101, 21.25]]])
+def test_what_is_whole_without_a_pixel_of_mask_is_left_as_it_is(segmentation: Any) -> None:
+    thin = to_instance({**ANNOTATIONS[SMALL], "label": 1, "segmentation": segmentation}, SIZE)
+    whole = {**thin, "box": [100.3, 20.1, 120.7, 40.2]}  # of numbers that are not exact once they are moved
+    part = part_of(Window(10, 90, 60, 50), [whole], [segmentation_ends(thin["segmentation"], *SIZE)], height=SIZE[0])
+    (moved,) = part.instances
+    if segmentation:
+        assert moved["segmentation"]["polygons"] == [[11, 11, 11.25, 11, 11, 11.25]]
+    assert (moved["segmentation"] is None) == (segmentation is None)
+    assert moved["area"] == whole["area"]
+
+
+def test_polygons_that_leave_a_tile_by_far_become_run_lengths() -> None:
+    """Which they may, of a large image, whose sides bound them."""
+    size = (1000, 1000)
+    given = {**ANNOTATIONS[SMALL], "label": 1, "segmentation": [[-500, -500, 100, 0, 100, 100, 0, 100]]}
+    large = to_instance({**given, "bbox": [0, 0, 100, 100], "keypoints": None}, size)
+    mask = segmentation_ends(large["segmentation"], *size)
+    first, *others = parts(size, [large], TILING)
+    (moved,) = first.instances
+    assert moved["segmentation"]["polygons"] is None
+    expected = bitmap_from_ends(mask, *size)[:128, :128]
+    np.testing.assert_array_equal(coco_mask.decode(moved["segmentation"]["rle"]), expected)
+    stored = row(1, (128, 128), [moved])
+    assert not list(row_faults(stored, memoryview(stored["image"]), [Category(3, "thing")]))
+    assert not any(part.instances for part in others[1:])
+
+
+def test_a_sliver_of_a_box_is_not_shown() -> None:
+    """It would be a box without extent once it is float32."""
+    bare = {**INSTANCES[SMALL], "segmentation": None, "box": [128 - 1e-7, 20, 150, 40]}
+    first, second, *_ = parts(SIZE, [bare], Tiling(side=128, overlap=0))
+    assert not first.instances
+    assert len(second.instances) == 1
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The image above, a small one, and a wide one of whose only object no tile shows a quarter."""
@@ -243,6 +283,16 @@ def test_a_tiled_build_verifies(source: Path, ray_cluster: None, tmp_path: Path)
     assert report.extra == ()
 
 
+def test_tiles_of_an_image_0_are_its_own(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = json.loads((source / "coco.json").read_text())
+    for image, id_ in zip(content["images"], (0, -1, 2), strict=True):
+        image["id"] = id_
+    (tmp_path / "coco.json").write_text(json.dumps({**content, "annotations": []}))
+    build_here(replace(config(source, tmp_path / "out"), annotations=str(tmp_path / "coco.json")))
+    monkeypatch.setattr("pipelines.verify.run_tasks", run_inline)
+    assert verify(str(tmp_path / "out")).problems == ()
+
+
 def test_tiles_are_resized_and_the_masks_with_them(source: Path, tmp_path: Path) -> None:
     """Each tile becomes an image like any other, here of half and of one and a half times its size."""
     build_here(replace(config(source, tmp_path), shorter_side=64, longer_side=96, more_sides=(96,)))
@@ -282,6 +332,8 @@ def test_cropping_nothing_is_nothing() -> None:
         ({"tile": 128, "tile_overlap": -1}, "tile overlap -1"),
         ({"tile_min_share": 1.5}, "tile min share is 1.5"),
         ({"shorter_side": -1}, "shorter side is -1"),
+        ({"shorter_side": 40_000, "longer_side": 40_000}, "sides are 40000 x 40000: .* at most 715827882"),
+        ({"shorter_side": 20_000, "longer_side": 35_000, "more_sides": (30_000,)}, "sides are 30000 x 52500: "),
         ({"more_sides": (800,)}, "more sides are 800"),
         ({"more_sides": (400, 400)}, "more sides are 400, 400"),
         ({"more_sides": (2000,)}, "more sides are 2000"),

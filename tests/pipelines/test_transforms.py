@@ -15,6 +15,7 @@ import simplejpeg
 from PIL import Image, ImageCms, ImageOps
 
 from pipelines import transforms
+from pipelines.sources.annotation_files import decode_ids
 from pipelines.transforms import DecodeError, allow_pixels, decode, decode_stored, encode
 
 
@@ -231,7 +232,43 @@ def test_real_jpegs_are_pillow_s(coco100: Path) -> None:
 def test_encodings_come_back(picture: Image.Image) -> None:
     image = np.asarray(picture)
     for encoding in ("raw", "png", "jpeg"):
-        data = encode(image, encoding)  # type: ignore[arg-type]
+        data = image.tobytes() if encoding == "raw" else encode(image, encoding)  # type: ignore[arg-type]
         back = decode_stored(data, encoding=encoding, height=60, width=90)
         assert abs(back.astype(int) - image).mean() <= (2 if encoding == "jpeg" else 0)
-        assert data == encode(image, encoding)  # type: ignore[arg-type]
+        assert encoding == "raw" or data == encode(image, encoding)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg"])
+def test_stored_images_that_are_damaged(picture: Image.Image, encoding: Any) -> None:
+    image = np.asarray(picture)
+    data = image.tobytes() if encoding == "raw" else encode(image, encoding)
+    for spoilt in (b"", b"no image"):
+        with pytest.raises(ValueError, match=r"."):
+            decode_stored(spoilt, encoding=encoding, height=60, width=90)
+    with pytest.raises(ValueError, match="reshape" if encoding == "raw" else "90 x 60 pixels, 91 x 60 are stated"):
+        decode_stored(data, encoding=encoding, height=60, width=91)
+
+
+@pytest.mark.parametrize("encoding", ["png", "jpeg"])
+def test_the_longest_side_that_can_be_stored(encoding: Any) -> None:
+    side = transforms.MAX_SIDE[encoding]
+    line = np.zeros((1, side, 3), np.uint8)
+    data = encode(line, encoding)
+    assert decode_stored(data, encoding=encoding, height=1, width=side).shape == line.shape
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG"])
+def test_short_memory_is_not_the_images_fault(
+    picture: Image.Image, format_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any) -> None:
+        raise MemoryError
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(picture, format_, exif=exif)
+    monkeypatch.setattr(Image, "open", short)
+    with pytest.raises(MemoryError):
+        decode(data)
+    with pytest.raises(MemoryError):
+        decode_ids(data)

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 from inline import run_inline
+from made_shards import instance, row
 
+from mrcnn.structures import Category
 from pipelines import verify as verify_module
 from pipelines.build import BuildConfig, build
 from pipelines.manifest import Manifest
@@ -23,6 +25,7 @@ from pipelines.schema import SHARD
 from pipelines.shards import write_shard
 from pipelines.storage import Store, open_store
 from pipelines.verify import verify
+from pipelines.verify_rows import row_faults
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -162,6 +165,14 @@ FAULTS: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
     ),
     "keypoints": (first(lambda each: each.update(keypoints=[1, 2])), "keypoints are not those of"),
     "visibility": (first(lambda each: each.update(keypoints=[1, 2, 3])), "visibility is neither 0, 1 nor 2"),
+    "null instance": (lambda rows: rows[1]["instances"].__setitem__(0, None), "row 1: instance 0: it is null"),
+    "null counts": (
+        lambda rows: rows[1]["instances"][0].update(
+            segmentation={"polygons": None, "rle": {"size": [rows[1]["height"], rows[1]["width"]], "counts": None}}
+        ),
+        "run lengths have no counts",
+    ),
+    "no bytes": (lambda rows: rows[1].update(encoding="png", image=b""), "row 1: its png image of .* does not decode"),
     "lost row": (lambda rows: rows.pop(), f"{SHARD_NAME}: it has 4 rows, 5 are stated"),
     "lost object": (lambda rows: rows[1]["instances"].pop(), r"manifest.json: \d+ instances are stated, \d+ are in"),
 }
@@ -173,6 +184,13 @@ def test_rows(folder: Path, name: str) -> None:
     change_rows(folder, change)
     with pytest.raises(ValueError, match=told):
         verify(str(folder)).check()
+
+
+def test_a_side_that_is_null() -> None:
+    """Which our own writer refuses."""
+    spoilt = {**row(1, (12, 12), [instance([1, 1, 5, 5])]), "height": None}
+    (fault,) = row_faults(spoilt, memoryview(spoilt["image"]), [Category(1, "thing")])
+    assert fault.startswith("a side is missing or not positive")
 
 
 def test_masks_of_another_size(folder: Path) -> None:

@@ -1,0 +1,72 @@
+"""Local files that appear whole: until then they have another name, which nobody takes for a finished file."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from pipelines.storage_errors import full_disk_told, plain_errors
+
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # exFAT, some mounted buckets
+
+
+@contextmanager
+def nameless_file() -> Iterator[Path]:
+    """A way to a temporary file that no folder lists: it goes with its process, however that ends."""
+    folder = tempfile.gettempdir()
+    with full_disk_told(Path(folder)), tempfile.TemporaryFile(dir=folder) as file:
+        yield Path(f"/proc/self/fd/{file.fileno()}")
+
+
+def held_part(target: Path) -> tuple[Path, BinaryIO]:
+    """A new part of a file, open and locked."""
+    while True:
+        part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+        with plain_errors(str(target)):
+            held = part.open("xb")
+        lock(held, fcntl.LOCK_SH)
+        if part.exists():
+            return part, held
+        held.close()  # taken for a leftover, and removed, before it was locked
+
+
+def rename(part: Path, target: Path, *, replace: bool = True) -> bool:
+    """Give a finished file its name; False where there is one already that is not to be replaced."""
+    with plain_errors(str(target)):
+        if replace:
+            os.replace(part, target)
+            return True
+        try:
+            os.link(part, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS or target.exists():
+                raise
+            os.replace(part, target)
+        return True
+
+
+def lock(file: BinaryIO, kind: int) -> bool:
+    """Whether the lock was got. Where a file system has no locks nobody gets any, and leftovers stay."""
+    try:
+        fcntl.flock(file, kind)
+    except OSError:
+        return False
+    return True
+
+
+def remove_empty(folder: str) -> None:
+    """Remove a folder if nothing is in it."""
+    try:
+        os.rmdir(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # another has removed it, or writes to it again
+            raise
