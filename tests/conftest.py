@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process runs all that may need a Ray or an S3 server, of which there is one of each; the model's tests, which
-    need neither, are run by others beside it."""
+    """One process runs all files that may need a Ray or an S3 server, of which there is one of each; others run the
+    rest beside it."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid if nodeid.startswith("tests/mrcnn/") else "cluster"
+            return "cluster" if starts_servers(nodeid.split("::")[0]) else nodeid
 
     return Scheduling(config, log)
+
+
+@cache
+def starts_servers(file: str) -> bool:
+    """Whether a test file speaks of what may start a server: a fixture of this file, or a process of its own."""
+    servers = r"\b(ray_cluster|ray_session|toy_shards|s3|subprocess)\b"
+    return bool(re.search(servers, (REPOSITORY / file).read_text()))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

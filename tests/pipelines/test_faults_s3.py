@@ -167,8 +167,8 @@ def test_what_is_wrong_is_told_within_seconds_and_before_ray(
     start = time.monotonic()
     assert cli.main(command(config)) == 2
     assert time.monotonic() - start < 15
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    # the session's Ray may say something, too, such as that the disk is nearly full
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("(raylet)")]
     assert told.get(broken, "no-such-bucket") in error
 
 
