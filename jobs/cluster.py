@@ -13,11 +13,11 @@ from typing import Any
 
 CONNECT_SECONDS = 5
 
-# Where buckets and MLflow are, for workers on other machines. No credential is among them: Ray writes a runtime_env
-# into its logs in clear. Those have to be in the nodes' own environment.
+# Where buckets and MLflow are, and how long to wait, for workers on other machines. No credential is among them: Ray
+# writes a runtime_env into its logs in clear. Those have to be in the nodes' own environment.
 SHIPPED = (
     "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "MLFLOW_TRACKING_URI",
-    "MLFLOW_S3_ENDPOINT_URL",
+    "MLFLOW_S3_ENDPOINT_URL", "MRCNN_S3_READ_SECONDS",
 )  # fmt: skip
 
 QUIET = {

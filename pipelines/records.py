@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mrcnn.structures import Category
+from pipelines.manifest import check_sum
 
 Stage = Literal["source", "read", "decode", "validate"]
 
@@ -116,7 +117,7 @@ class Objects:
 
 @dataclass(frozen=True)
 class SourceData:
-    """What the driver knows of a source: images = records + rejects."""
+    """What the driver knows of a source. Raises LostError unless images = records + rejects."""
 
     images_at: Images
     categories: tuple[Category, ...]
@@ -124,6 +125,7 @@ class SourceData:
     records: list[ImageRecord]
     rejects: list[Reject]
     images: int
+    """Counted as they were found, before anything was made of them"""
     sha256: str
     """Of the annotation file, or of the names of the images"""
     rejected_annotations: list[RejectedAnnotation] = field(default_factory=list)
@@ -131,7 +133,7 @@ class SourceData:
     """All in the annotation file; None where each image has its own: then the tasks count them"""
 
     def __post_init__(self) -> None:
-        assert self.images == len(self.records) + len(self.rejects)
+        check_sum("images", self.images, len(self.records), len(self.rejects))
 
 
 def by_reason(stages_and_reasons: Iterable[tuple[str, str]]) -> dict[str, int]:

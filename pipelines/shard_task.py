@@ -16,7 +16,7 @@ from typing import Any
 
 from mrcnn.structures import Category
 from pipelines.config import Encoding, Format
-from pipelines.manifest import ShardInfo
+from pipelines.manifest import ShardInfo, check_sum
 from pipelines.prefetch import prefetched
 from pipelines.records import ImageRecord, Images, Objects, Reject, RejectedAnnotation, Stage
 from pipelines.rows import Picture, Scale, make_row, size_fault
@@ -117,7 +117,7 @@ class _ShardTask:
 
     def run(self, name: str, records: list[ImageRecord]) -> list[Receipt]:
         receipts = [self._receipt(info, versions_sha256(records)) for info in self._write(name, records)]
-        assert self.images + len(self.rejects) == len(records)
+        check_sum("images", len(records), self.images, len(self.rejects))
         for scale, receipt in zip(self.settings.scales, receipts, strict=True):
             scale.out.write_bytes(receipt_name(name), receipt.to_json().encode())
         return receipts

@@ -60,7 +60,7 @@ class ShardWriter:
 
     def info(self, name: str) -> ShardInfo:
         """What a manifest says of the file, once it is closed."""
-        portrait = np.packbits(np.array(self._tall, bool)).tobytes().hex() if "height" in self._schema.names else ""
+        portrait = portrait_bits(self._tall) if "height" in self._schema.names else ""
         return ShardInfo(name, len(self._tall), self._file.size, self._file.checksum.hexdigest(), portrait)
 
 
@@ -109,6 +109,11 @@ def write_shard(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema = 
         for row in rows:
             writer.write(row)
     return writer.info(name or path.name)
+
+
+def portrait_bits(tall: Sequence[bool]) -> str:
+    """`ShardInfo.portrait` of rows that are taller than wide, or not."""
+    return np.packbits(np.array(tall, bool)).tobytes().hex()
 
 
 def portrait_rows(shard: ShardInfo) -> NDArray[np.bool_]:

@@ -25,7 +25,7 @@ from pipelines.accounts import REJECTED_ANNOTATIONS_FILE, REJECTS_FILE
 from pipelines.manifest import FILE_NAME, Manifest, ShardInfo, Totals
 from pipelines.records import REJECTED_ANNOTATIONS, REJECTS, Stage
 from pipelines.schema import SHARD
-from pipelines.shards import checksum
+from pipelines.shards import checksum, portrait_bits
 from pipelines.storage import Store, open_store
 from pipelines.tasks import Task, failing_in_words, run_tasks
 from pipelines.verify_rows import row_faults
@@ -214,7 +214,7 @@ class _ShardCheck:
         for i in range(reader.num_record_batches):
             for fault in self._row_faults(reader, i):
                 yield f"row {i}: {fault}"
-        if self.info.portrait not in ("", np.packbits(np.array(self.tall, bool)).tobytes().hex()):
+        if self.info.portrait != portrait_bits(self.tall):
             yield "which rows are taller than wide is not as stated"
 
     def _row_faults(self, reader: pa.RecordBatchFileReader, number: int) -> Iterator[str]:

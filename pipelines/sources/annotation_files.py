@@ -17,7 +17,10 @@ from pipelines.records import SourceError
 
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # one number a pixel: of a palette, its index
 
+MAX_COORDINATE = 1e6  # pixels
+
 Ids = NDArray[np.int32]
+Points = list[tuple[float, float]]
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
@@ -29,6 +32,20 @@ def parse_object(data: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SourceError("annotation file is no JSON object")
     return content
+
+
+def points_of(value: Any) -> Points:
+    """x, y pairs of finite numbers. Raises SourceError."""
+    good = isinstance(value, list) and all(
+        isinstance(point, list) and len(point) == 2 and all(_is_finite(each) for each in point) for point in value
+    )
+    if not good:
+        raise SourceError("points are not pairs of finite numbers")
+    return [(float(x), float(y)) for x, y in value]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < MAX_COORDINATE  # a NaN is not below anything
 
 
 def check_size(height: Any, width: Any) -> tuple[int, int]:

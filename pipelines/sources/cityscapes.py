@@ -17,7 +17,7 @@ from mrcnn.cityscapes import CLASSES
 from mrcnn.structures import Category
 from pipelines.config import BuildConfig
 from pipelines.records import ImageRecord, Objects, SourceData, SourceError
-from pipelines.sources.annotation_files import Ids, check_size, decode_ids, object_of_mask, parse_object
+from pipelines.sources.annotation_files import Ids, check_size, decode_ids, object_of_mask, parse_object, points_of
 from pipelines.sources.image_files import named_images
 from pipelines.sources.names import unfollowed_folders
 from pipelines.storage import Store, open_store
@@ -29,8 +29,6 @@ IMAGE, POLYGONS, INSTANCE_IDS = "_leftImg8bit.png", "_gtFine_polygons.json", "_g
 GROUP = "group"
 FIRST_NUMBER = 1000  # ids of objects are label id * 1000 + number; below, they are of groups and of other classes
 UNPAINTED = ("license plate",)  # has no id
-
-Polygon = list[tuple[float, float]]
 
 
 def read_cityscapes(config: BuildConfig) -> SourceData:
@@ -106,8 +104,11 @@ def _paint(content: dict[str, Any], rejected: list[tuple[int | None, str]]) -> t
         if name in UNPAINTED or each.get("deleted"):
             continue
         id_ = _id(name, numbers)
-        polygon = _polygon(each.get("polygon"))
-        if polygon is not None:
+        try:
+            polygon = points_of(each.get("polygon"))
+        except SourceError:
+            polygon = []
+        if len(polygon) >= 3:
             draw.polygon(polygon, fill=id_)
             painted += [id_] * (id_ > 0 and id_ not in painted)
         elif id_:
@@ -122,16 +123,3 @@ def _id(name: str, numbers: Counter[int]) -> int:
         numbers[id_] += 1
         return id_ * FIRST_NUMBER + numbers[id_] - 1
     return IDS.get(name.removesuffix(GROUP), 0) if name.endswith(GROUP) else 0
-
-
-def _polygon(points: Any) -> Polygon | None:
-    good = (
-        isinstance(points, list)
-        and len(points) >= 3
-        and all(isinstance(p, list) and len(p) == 2 and all(_is_finite(v) for v in p) for p in points)
-    )
-    return [(x, y) for x, y in points] if good else None
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e6  # a NaN is not below anything

@@ -40,7 +40,7 @@ def read_coco(config: BuildConfig) -> SourceData:
         categories=_categories(content.categories, config.annotations),
         records=records,
         rejects=[Reject(shown_uri(images, each.name), each.image_id, "source", each.reason) for each in content.lost],
-        images=len(records) + len(content.lost),
+        images=content.listed,
         sha256=sha256,
         rejected_annotations=list(content.rejected_annotations(images)),
         annotations=content.annotations,
@@ -92,6 +92,8 @@ class _Content:
     """File name, height and width by id"""
     lost: list[_Lost] = field(default_factory=list)
     categories: list[Any] = field(default_factory=list)
+    listed: int = 0
+    """Images, good or not"""
     annotations: int = 0
     texts: dict[int, list[str]] = field(default_factory=dict)
     """Annotations by the image id in them, which may be of no image"""
@@ -110,6 +112,7 @@ class _Content:
             self.categories.append(element.value)
 
     def _add_image(self, image: dict[str, Any]) -> None:
+        self.listed += 1
         id_, name = whole(image.get("id"), INT64), image.get("file_name")
         height, width = (whole(image.get(side), INT32) for side in ("height", "width"))
         reason = _image_fault(image) or ("duplicate image id" if id_ in self.images else None)

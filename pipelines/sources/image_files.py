@@ -84,7 +84,7 @@ def named_images(
         categories=categories,
         records=records,
         rejects=unusable,
-        images=len(records) + len(unusable),
+        images=len(names) + len(rejects),
         sha256=names_sha256([*(each.name for each in categories), *names]),
         annotations=None if annotation_files else 0,
     )

@@ -14,7 +14,7 @@ from mrcnn.structures import Category
 from pipelines.config import BuildConfig
 from pipelines.prefetch import prefetched
 from pipelines.records import ImageRecord, Objects, Reject, SourceData, SourceError, printable
-from pipelines.sources.annotation_files import check_size, parse_object
+from pipelines.sources.annotation_files import Points, check_size, parse_object, points_of
 from pipelines.sources.image_files import named_images
 from pipelines.sources.names import SUFFIXES, links_outside, shown_uri, unfollowed_folders
 from pipelines.storage import Store, open_store
@@ -23,8 +23,6 @@ from pipelines.storage_errors import FileRefusedError
 JSON = ".json"
 CIRCLE_ERROR = 0.1  # pixels by which a circle's polygon may be inside of it
 READ_THREADS, READ_AHEAD = 8, 32
-
-Points = list[tuple[float, float]]
 
 
 def read_labelme(config: BuildConfig) -> SourceData:
@@ -128,26 +126,13 @@ def _outline(shape: Any, labels: dict[str, int]) -> Points:
     kind = shape.get("shape_type") or "polygon"
     if kind not in ("polygon", "rectangle", "circle"):
         raise SourceError(f"shape is no polygon, rectangle or circle: {kind!r}")
-    points = _points(shape.get("points"))
+    points = points_of(shape.get("points"))
     needed = {"polygon": 3, "rectangle": 2, "circle": 2}[kind]
     if len(points) < needed:
         raise SourceError(f"{kind} has fewer than {needed} points: {len(points)}")
     if kind == "circle":
         return _circle(points[0], math.dist(points[0], points[1]))
     return _rectangle(points) if kind == "rectangle" else points
-
-
-def _points(value: Any) -> Points:
-    good = isinstance(value, list) and all(
-        isinstance(point, list) and len(point) == 2 and all(_is_finite(each) for each in point) for point in value
-    )
-    if not good:
-        raise SourceError("points are not pairs of finite numbers")
-    return [(float(x), float(y)) for x, y in value]
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e6  # a NaN is not below anything
 
 
 def _rectangle(corners: Points) -> Points:

@@ -33,6 +33,7 @@ def test_no_secret_is_sent_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "planted")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:planted@mlflow.example.org")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://s3.example.org")
+    monkeypatch.setenv("MRCNN_S3_READ_SECONDS", "71")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
     sent: list[dict[str, Any]] = []
     monkeypatch.setattr("jobs.cluster._check_reachable", lambda address: None)
@@ -43,6 +44,7 @@ def test_no_secret_is_sent_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     assert "planted" not in str(sent)
     assert "https://s3.example.org" in str(sent)
+    assert "'MRCNN_S3_READ_SECONDS': '71'" in str(sent)
 
 
 def test_refuses_no_cpus() -> None:

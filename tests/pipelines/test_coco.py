@@ -11,9 +11,11 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from pipelines.config import BuildConfig
+from pipelines.manifest import LostError
 from pipelines.records import ImageRecord, Objects, SourceData
 from pipelines.rle import bitmap_from_ends, segmentation_ends
 from pipelines.scaling import Scaling, scale_instance
+from pipelines.sources import coco as coco_module
 from pipelines.sources.coco import coco_objects, read_coco
 from pipelines.validate import AnnotationError, min_extent, to_instance
 
@@ -144,6 +146,14 @@ def test_bad_annotations_are_rejected(tmp_path: Path, bad: Any, reason: str) -> 
     found = objects(read(coco(tmp_path, annotations=[annotation(), bad])))
     assert [each["id"] for each in found.usable] == [1]
     assert [why for _, why in found.rejected] == [reason]
+
+
+def test_a_lost_image_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = coco(tmp_path, images=[image(1), image(2), image("bad")])
+    records = coco_module._Content.records
+    monkeypatch.setattr(coco_module._Content, "records", lambda self: records(self)[1:])
+    with pytest.raises(LostError, match="3 images went in, 1 were used and 1 rejected"):
+        read(path)
 
 
 def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:

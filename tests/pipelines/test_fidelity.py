@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inline import build_here
 from numpy.typing import NDArray
-from one_process import build_here
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inline import run_inline
+from inline import build_here, run_inline
 from made_shards import row
 from numpy.typing import NDArray
-from one_process import build_here
 from PIL import Image
 from pycocotools import mask as coco_mask
 

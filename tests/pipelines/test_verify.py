@@ -186,6 +186,16 @@ def test_rows(folder: Path, name: str) -> None:
         verify(str(folder)).check()
 
 
+@pytest.mark.parametrize("portrait", ["", "ff"])
+def test_which_rows_are_taller_than_wide(folder: Path, portrait: str) -> None:
+    """Training takes it from the manifest."""
+    manifest = Manifest.read(Store(str(folder)))
+    first_shard, *others = manifest.shards
+    replace(manifest, shards=(replace(first_shard, portrait=portrait), *others)).write(Store(str(folder)))
+    (problem,) = verify(str(folder)).problems
+    assert problem == "shard-00000.arrow: which rows are taller than wide is not as stated"
+
+
 def test_a_side_that_is_null() -> None:
     """Which our own writer refuses."""
     spoilt = {**row(1, (12, 12), [instance([1, 1, 5, 5])]), "height": None}
