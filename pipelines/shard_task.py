@@ -124,9 +124,12 @@ class _ShardTask:
 
     def _write(self, name: str, records: list[ImageRecord]) -> list[ShardInfo]:
         with ExitStack() as files:
-            paths = [files.enter_context(scale.out.new_file(name)) for scale in self.settings.scales]
+            paths = [
+                (files.enter_context(scale.out.new_file(name)), scale.out.is_local) for scale in self.settings.scales
+            ]
             with ExitStack() as open_files:
-                writers = [open_files.enter_context(ShardWriter(path)) for path in paths]
+                # on its way to S3 a file is read again at once
+                writers = [open_files.enter_context(ShardWriter(path, direct=stays)) for path, stays in paths]
                 for rows in self._rows(records):
                     for writer, row in zip(writers, rows, strict=True):
                         writer.write(row)

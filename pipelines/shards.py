@@ -10,18 +10,20 @@ import struct
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from pipelines.direct_file import DirectFile
 from pipelines.manifest import ShardInfo
 from pipelines.schema import SHARD
 from pipelines.storage import Store
 
 READ_BYTES = 1024 * 1024
+SMALL_WRITES = 16 * 1024  # bytes of them that become one
 MAGIC = b"ARROW1"
 OPEN_SHARDS = 4096
 TAIL = 64 * 1024  # read at once from the end of a remote file: the footer of some 2,000 rows
@@ -32,12 +34,14 @@ RECORD_BATCHES = 3  # its place among the fields of `table Footer`
 
 
 class ShardWriter:
-    """A file that is written row by row, from where the pixels lie, and checked as it is written. A context manager."""
+    """A new or empty file that is written row by row, from where the pixels lie, and checked as it is written. A
+    context manager. `direct`: see pipelines/direct_file.py; not for a file that is read again at once."""
 
-    def __init__(self, path: Path, schema: pa.Schema = SHARD) -> None:
+    def __init__(self, path: Path, schema: pa.Schema = SHARD, *, direct: bool = False) -> None:
         self._schema = schema
-        self._file = _CheckedFile(path)
-        self._sink = pa.PythonFile(self._file, mode="w")
+        self._file = _CheckedFile(DirectFile(path) if direct else path.open("wb"))
+        # a row is some forty writes, all of them small but that of the pixels, which passes by the buffer
+        self._sink = pa.BufferedOutputStream(pa.PythonFile(self._file, mode="w"), SMALL_WRITES)
         self._writer = pa.ipc.new_file(self._sink, schema)
         self._tall: list[bool] = []
 
@@ -65,10 +69,10 @@ class ShardWriter:
 
 
 class _CheckedFile(io.RawIOBase):
-    """A new file whose checksum is taken of the bytes on their way."""
+    """A file whose checksum is taken of the bytes on their way."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
+    def __init__(self, file: IO[bytes] | io.RawIOBase) -> None:
+        self._file = file
         self.checksum = xxhash.xxh3_128()
         self.size = 0
 

@@ -27,7 +27,9 @@ def run_tasks(function: Callable[[Task], Task], tasks: Iterable[Task]) -> Iterat
     What it raised is raised here. RuntimeError where a task's process dies again and again.
     """
     assert ray.is_initialized(), "start Ray first, see jobs/cluster.py"
-    DataContext.get_current().enable_progress_bars = False  # they count blocks; callers count images
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # they count blocks; callers count images
+    context.memory_usage_poll_interval_s = None  # a walk through all memory maps each second, for statistics
     attempts = ray.remote(num_cpus=0)(_Attempts).remote()
     waiting, many = iter(tasks), AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
     while some := list(islice(waiting, many)):

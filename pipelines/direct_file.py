@@ -1,0 +1,101 @@
+"""A large local file that goes to its disk past the page cache.
+
+A shard is not read again soon: in the cache it would only drive out what is, and to copy its pixels there costs a
+build as much as to decode them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import mmap
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+BLOCK = 1024 * 1024  # bytes; a multiple of what disks and memory are aligned to
+BLOCKS = 8  # of a file in memory, at most
+NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # what file systems say that have a cache only
+O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux alone has it
+
+
+class DirectFile(io.RawIOBase):
+    """A new or empty file that is written from its start to its end. What a write raises may be raised by a later
+    one, or by `close`.
+
+    Where the file system knows nothing but its cache, writes go there. A thread writes the blocks that are full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = _open(path)
+        self._size = 0
+        self._block = _block()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="direct-file")
+        self._writing: deque[Future[mmap.mmap]] = deque()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            place = self._size % BLOCK
+            some = view[done : done + BLOCK - place]
+            self._block[place : place + len(some)] = some
+            done += len(some)
+            self._size += len(some)
+            if self._size % BLOCK == 0:
+                self._hand_over()
+        return done
+
+    def close(self) -> None:
+        """Wait for the disk to have it all."""
+        if self.closed:
+            return
+        try:
+            if self._size % BLOCK:
+                self._hand_over()  # all of the block, whose end is cut off again
+            while self._writing:
+                self._writing.popleft().result()
+            os.ftruncate(self._file, self._size)
+        finally:
+            self._writer.shutdown()
+            os.close(self._file)
+            super().close()
+
+    def _hand_over(self) -> None:
+        offset = (self._size - 1) // BLOCK * BLOCK
+        self._writing.append(self._writer.submit(_write_all, self._file, self._block, offset))
+        self._block = _block() if len(self._writing) < BLOCKS else self._writing.popleft().result()
+
+
+def _block() -> mmap.mmap:
+    return mmap.mmap(-1, BLOCK)  # a map begins where disks demand it, at a page
+
+
+def _open(path: Path) -> int:
+    # not truncated: when a file that was is closed, ext4 (auto_da_alloc) at once writes what the cache has of it
+    flags = os.O_WRONLY | os.O_CREAT
+    try:
+        return os.open(path, flags | O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno not in NOT_DIRECT:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def _write_all(file: int, block: mmap.mmap, offset: int) -> mmap.mmap:
+    done = 0
+    while done < BLOCK:
+        try:
+            done += os.pwrite(file, memoryview(block)[done:], offset + done)
+        except OSError as error:
+            flags = fcntl.fcntl(file, fcntl.F_GETFL)
+            if error.errno not in NOT_DIRECT or not flags & O_DIRECT:
+                raise
+            fcntl.fcntl(file, fcntl.F_SETFL, flags & ~O_DIRECT)  # some say so only when they are written to
+    return block

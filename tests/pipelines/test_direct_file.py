@@ -1,0 +1,113 @@
+"""A file written past the page cache has the bytes of one that was not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines import direct_file
+from pipelines.direct_file import BLOCK, BLOCKS, DirectFile
+
+BYTES = np.random.default_rng(0).integers(0, 256, (BLOCKS + 3) * BLOCK, np.uint8)
+
+
+def written(path: Path, sizes: list[int]) -> bytes:
+    """The file at `path` after writes of so many bytes each, which have to be BYTES' first."""
+    start = 0
+    with DirectFile(path) as file:
+        for size in sizes:
+            assert file.write(BYTES[start : start + size]) == size
+            start += size
+    assert path.stat().st_size == start
+    assert path.read_bytes() == BYTES[:start].tobytes()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [],
+        [0],
+        [1],
+        [BLOCK - 1],
+        [BLOCK],
+        [BLOCK + 1],
+        [3, BLOCK - 3, BLOCK],
+        [7, 3 * BLOCK, 11, 5],
+        [(BLOCKS + 2) * BLOCK + 17],  # more than is ever in memory
+        [BLOCK // 3] * 20,
+    ],
+)
+def test_all_bytes_in_any_pieces(tmp_path: Path, sizes: list[int]) -> None:
+    written(tmp_path / "file", sizes)
+
+
+def test_random_pieces(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    for i in range(5):
+        written(tmp_path / str(i), [int(size) for size in rng.integers(0, BLOCK // 2, 12)])
+
+
+@pytest.mark.parametrize("refused", ["open", "pwrite"])
+def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    import fcntl
+
+    real_open, real_write, refusals = os.open, os.pwrite, []
+
+    def fussy_open(path: Path, flags: int, mode: int = 0o777) -> int:
+        if flags & direct_file.O_DIRECT:
+            refusals.append("open")
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_open(path, flags, mode)
+
+    def fussy_write(file: int, data: memoryview, offset: int) -> int:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & direct_file.O_DIRECT:
+            refusals.append("pwrite")
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_write(file, data, offset)
+
+    monkeypatch.setattr(
+        direct_file.os, "open" if refused == "open" else "pwrite", fussy_open if refused == "open" else fussy_write
+    )
+    written(tmp_path / "file", [2 * BLOCK + 5])
+    assert refusals == [refused]
+
+
+def test_the_disk_may_take_less_than_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(direct_file.os, "pwrite", lambda file, data, at: real(file, data[: BLOCK // 4], at))
+    written(tmp_path / "file", [2 * BLOCK + 5])
+
+
+def test_a_slow_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, waiting = os.pwrite, []
+
+    def slow(file: int, data: memoryview, offset: int) -> int:
+        time.sleep(0.02)
+        return real(file, data, offset)
+
+    monkeypatch.setattr(direct_file.os, "pwrite", slow)
+    with DirectFile(tmp_path / "file") as file:
+        for i in range(BLOCKS + 3):
+            file.write(BYTES[i * BLOCK : (i + 1) * BLOCK])
+            waiting.append(len(file._writing))
+    assert max(waiting) < BLOCKS  # bounded memory
+    assert (tmp_path / "file").read_bytes() == BYTES.tobytes()
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, data: memoryview, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(direct_file.os, "pwrite", full)
+    file = DirectFile(tmp_path / "file")
+    file.write(BYTES[: BLOCK + 1])
+    with pytest.raises(OSError, match="No space left"):
+        file.close()
+    assert file.closed
+    file.close()  # a second time does nothing
