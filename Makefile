@@ -11,7 +11,7 @@ demo: setup
 	$(VENV)/bin/mrcnn demo
 
 test: check
-	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --durations 25
 
 check: setup
 	$(VENV)/bin/ruff check

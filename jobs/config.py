@@ -111,6 +111,11 @@ class TrainConfig:
     max_objects: int = 256
     """An image with more objects trains on as many, drawn anew in each epoch, so that a crowd fits into memory; the
     others are background in that epoch. 0: no bound."""
+    images_at_once: int = 0
+    """Most images that a worker takes through the network at a time; gradients of its share of the global batch add up
+    over so many passes. 0: the whole share. Losses are divided by the samples of each pass, batch norm sees one."""
+    on_nan: tuple[str, ...] = ("stop",)
+    """What to do where the loss is NaN or infinite: stop, or skip N: leave out up to N such batches, then stop."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs convolutions and matrix products in bfloat16 (autocast); weights and losses stay float32."""
     log_every: int = 20
@@ -140,6 +145,14 @@ class TrainConfig:
             require(value >= 1, name, value, "at least 1", "give a positive number")
         require(0 <= self.flip <= 1, "flip", self.flip, "a probability", "0.5 flips every other image")
         self._check_augmentation()
+        require(self.images_at_once >= 0, "images_at_once", self.images_at_once, "at least 0", "0 is no bound")
+        require(
+            self.on_nan == ("stop",) or (self.on_nan[:1] == ("skip",) and self.skips_allowed > 0),
+            "on_nan",
+            " ".join(self.on_nan),
+            "stop, or skip and a number of at least 1",
+            "skip 10 leaves out up to ten batches",
+        )
         require(
             self.rpn == "separate" or self.model.rpn.features == "shared",
             "model.rpn.features",
@@ -173,6 +186,12 @@ class TrainConfig:
             "stored proposals are of whole images: train with rpn=joint",
         )
         require(self.max_objects >= 0, "max_objects", self.max_objects, "at least 0", "0 is no bound")
+
+    @property
+    def skips_allowed(self) -> int:
+        """Batches with a loss that is not finite that may be left out."""
+        words = self.on_nan[1:]
+        return int(words[0]) if len(words) == 1 and words[0].isdecimal() else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict for JSON."""

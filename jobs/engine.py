@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from jobs.config import OptimizerConfig, TrainConfig
+from jobs.guards import SkippedSteps
 from mrcnn.rpn import Proposals
 from mrcnn.structures import ImageBatch, Targets
 
@@ -23,7 +28,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return rate * optimizer.decay_factor**cuts
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SGD:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = False) -> torch.optim.SGD:
     """SGD on what is not frozen; no weight decay on biases and normalisation, as their scale means nothing."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -34,7 +39,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.SG
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=config.base_lr, momentum=config.momentum)
+    return torch.optim.SGD(groups, lr=config.base_lr, momentum=config.momentum, fused=fused)
 
 
 class Engine:
@@ -44,31 +49,70 @@ class Engine:
         self.model = model.train()
         self.config = config
         self.device = device
-        self.optimizer = build_optimizer(model, config.optimizer)
+        # only the fused update can be called off by the device itself
+        self.optimizer = build_optimizer(model, config.optimizer, fused=config.skips_allowed > 0)
         self.step = 0
+        self._parts: list[Losses] = []  # of the step that is going on
+        self._skip = SkippedSteps(model, self.optimizer) if config.skips_allowed else None
 
     def train_step(self, images: ImageBatch, targets: Targets, proposals: Proposals | None = None) -> Losses:
         """One optimizer step. Returns the losses, their sum under "loss", on the device: reading them waits for it.
 
         `proposals` are for a detector that is trained apart from its RPN.
         """
-        rate = learning_rate(self.step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.accumulate(images, targets, proposals)
+        return self.update()
+
+    def accumulate(
+        self,
+        images: ImageBatch,
+        targets: Targets,
+        proposals: Proposals | None = None,
+        *,
+        weight: float = 1.0,
+        ends_step: bool = True,
+    ) -> None:
+        """Add the gradients of a part of a step, whose losses count as `weight`; the weights of a step are 1 in all.
+
+        With the part that ends the step the processes of DDP exchange their gradients.
+        """
         images = images.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         if proposals is not None:
             proposals = proposals.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            losses: Losses = self.model(images, targets, proposals)
-        total = torch.stack(list(losses.values())).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        if not self._parts:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self._skip:
+                self._skip.begin()
+        with self._exchange(ends_step):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                losses: Losses = self.model(images, targets, proposals)
+            total = torch.stack(list(losses.values())).sum()
+            (total * weight).backward()
+        part = {"loss": total, **losses}
+        self._parts.append({name: value.detach() * weight for name, value in part.items()})
+
+    def _exchange(self, ends_step: bool) -> AbstractContextManager[None]:
+        if isinstance(self.model, DistributedDataParallel) and not ends_step:
+            return self.model.no_sync()
+        return nullcontext()
+
+    def update(self) -> Losses:
+        """Take the step. Returns its losses as `train_step` does.
+
+        With on_nan skip there is also "skipped", 0 or 1: a step whose gradients are not finite changes nothing.
+        """
+        rate = learning_rate(self.step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         if self.config.optimizer.clip_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
+        skipped = self._skip.unless_finite(self.optimizer) if self._skip else {}
         self.optimizer.step()
         self.step += 1
-        return {"loss": total.detach(), **{name: value.detach() for name, value in losses.items()}}
+        parts, self._parts = self._parts, []
+        losses = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+        return losses | skipped
 
     @property
     def images_seen(self) -> int:
@@ -76,32 +120,7 @@ class Engine:
         return self.step * self.config.global_batch
 
 
-def read_losses(losses: list[Losses]) -> dict[str, float]:
-    """Mean of each loss over some steps. The one place where training waits for the device."""
-    names = list(losses[0])
-    means = torch.stack([torch.stack([step[name] for name in names]) for step in losses]).mean(dim=0)
-    return dict(zip(names, means.tolist(), strict=True))
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite: training on would only spoil the weights."""
-
-
-def check_finite(losses: dict[str, float], step: int) -> None:
-    """Raise NonFiniteLossError with the step and the parts of the loss if one of them is NaN or infinite."""
-    if not all(torch.isfinite(torch.tensor(list(losses.values()))).tolist()):
-        parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        raise NonFiniteLossError(
-            f"the loss is not finite at step {step} ({parts}): lower --optimizer.base-lr, lengthen "
-            "--optimizer.warmup-steps or set --optimizer.clip-norm"
-        )
-
-
-def check_finite_weights(model: nn.Module, step: int) -> None:
-    """Raise NonFiniteLossError if a parameter or buffer is NaN or infinite: the last update, too, can do that."""
-    spoilt = [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]
-    if spoilt:
-        raise NonFiniteLossError(
-            f"{len(spoilt)} tensors are not finite after step {step}, {spoilt[0]} first: "
-            "lower --optimizer.base-lr or set --optimizer.clip-norm"
-        )
+def read_losses(steps: Sequence[Losses]) -> Tensor:
+    """(steps, losses) float32 on the host, in the order of their names. The one place where training waits for the
+    device."""
+    return torch.stack([torch.stack(list(step.values())) for step in steps]).float().cpu()

@@ -31,6 +31,7 @@ from jobs.worker import OUTCOME_FILE, Outcome, WorkerSettings, train_worker
 from mrcnn.model import MaskRCNN
 from mrcnn.weights import load_weights
 from pipelines.dataset import ShardDataset
+from pipelines.order import step_parts
 from pipelines.propose import write_proposals
 from pipelines.storage import Store, open_store
 
@@ -40,6 +41,7 @@ MAX_FAILURES = 3  # restarts of the workers before the run is given up
 # What may differ when a run goes on, beside optimizer.*: neither the model nor the order of images hangs on it.
 MAY_CHANGE = {
     "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "loader_threads", "pictures",
+    "images_at_once", "on_nan",
 }  # fmt: skip
 
 
@@ -70,15 +72,9 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     """
     data, val_data = ShardDataset(job.data), ShardDataset(job.val_data)
     config = _fit_to_data(config, data, val_data)
-    if config.global_batch % job.workers:
-        raise ValueError(
-            f"global_batch is {config.global_batch}, which {job.workers} workers cannot share equally: "
-            "change one of them"
-        )
+    step_parts(config.global_batch, rank=0, world_size=job.workers, images_at_once=config.images_at_once)
     weights = _check_weights(job.weights, config, data)
     use_gpu = _check_cluster(job.workers)
-    if config.model.backbone.norm == "sync_bn" and not use_gpu:
-        raise ValueError("model.backbone.norm is 'sync_bn', which PyTorch has on GPUs only: take gn or bn on CPUs")
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
     phases = [

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,22 +12,28 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.checkpoint import Checkpoints, Progress
 from jobs.config import TrainConfig
-from jobs.engine import (
-    Engine,
-    Losses,
+from jobs.engine import Engine, learning_rate
+from jobs.evaluate import found_kinds, judge_rows, metrics_of
+from jobs.guards import (
+    SKIPPED,
+    BatchTooLargeError,
     NonFiniteLossError,
-    check_finite,
     check_finite_weights,
-    learning_rate,
-    read_losses,
+    check_losses,
+    check_skipped,
+    is_out_of_memory,
+    too_large,
 )
-from jobs.evaluate import JudgedRow, found_kinds, judge_rows, metrics_of
+from jobs.meter import Meter, progress_line
+from jobs.ranks import all_image_ids, gather, mean_over_ranks, same_on_all_ranks
 from jobs.schedule import PhaseOfRun
 from jobs.tracking import RunHandle, RunLogger
+from mrcnn.distributed import train_together
 from mrcnn.evaluation import Metrics
 from mrcnn.model import MaskRCNN
 from mrcnn.structures import Category
@@ -39,7 +44,7 @@ from pipelines.augment import Augmentation
 from pipelines.dataset import ShardDataset
 from pipelines.loader import Batch, batches
 from pipelines.proposals import ProposalDataset
-from pipelines.storage import open_store
+from pipelines.storage import Store, open_store
 
 OUTCOME_FILE = "outcome.json"
 
@@ -78,12 +83,22 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     How it ended goes to OUTCOME_FILE in the phase's folder: Ray brings back metrics only with a checkpoint of its own.
     """
     settings: WorkerSettings = loop_config["settings"]
+    store = open_store(settings.phase.uri)
+    if store.exists(OUTCOME_FILE):  # a worker has given up, and Ray has started others in its place
+        return
     try:
         outcome = _Worker(settings).run()
     except NonFiniteLossError as error:  # on all ranks at once; another try would end the same, so do not ask for one
         outcome = Outcome(failure=str(error))
+    except BatchTooLargeError as error:  # on one rank, for which the others wait: Ray has to end them
+        _write_outcome(store, Outcome(failure=str(error)))
+        raise
     if ray.train.get_context().get_world_rank() == 0:
-        open_store(settings.phase.uri).write_bytes(OUTCOME_FILE, json.dumps(asdict(outcome), indent=1).encode())
+        _write_outcome(store, outcome)
+
+
+def _write_outcome(store: Store, outcome: Outcome) -> None:
+    store.write_bytes(OUTCOME_FILE, json.dumps(asdict(outcome), indent=1).encode())
 
 
 class _Worker:
@@ -100,9 +115,14 @@ class _Worker:
         self.model = initial_model(settings, self.data.categories)
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         part = TrainedPart(self.model, self.phase.phase.part, self.phase.phase.learns)
-        distributed = DistributedDataParallel(part, gradient_as_bucket_view=True) if self.world_size > 1 else None
+        distributed = None
+        if self.world_size > 1:
+            assert dist.group.WORLD is not None
+            train_together(part, dist.group.WORLD)
+            distributed = DistributedDataParallel(part, gradient_as_bucket_view=True)
         self.engine = Engine(distributed or part, self.config, device)
         self.meter = Meter(self.config)
+        self.skipped = 0  # steps with a loss that was not finite, of this attempt
 
     def run(self) -> Outcome:
         """Train what is left, evaluate, export the model."""
@@ -128,6 +148,7 @@ class _Worker:
             global_batch=self.config.global_batch,
             rank=self.rank,
             world_size=self.world_size,
+            images_at_once=self.config.images_at_once,
             start_images=self.phase.first_step * self.config.global_batch + self.engine.images_seen,
             aspect_groups=self.config.aspect_groups,
             augmentation=augmentation_of(self.config),
@@ -143,9 +164,24 @@ class _Worker:
         return self.phase.first_step + self.engine.step
 
     def _train_step(self, stream: Iterator[Batch]) -> None:
-        with self.meter.waiting_for_data():
-            batch = next(stream)
-        self.meter.add(self.engine.train_step(batch.images, batch.targets, batch.proposals))
+        image_ids: list[int] = []
+        ends_step = False
+        while not ends_step:
+            with self.meter.waiting_for_data():
+                batch = next(stream)
+            self._accumulate(batch)
+            image_ids += batch.image_ids
+            ends_step = batch.ends_step
+        self.meter.add(self.engine.update(), image_ids)
+
+    def _accumulate(self, batch: Batch) -> None:
+        part = batch.images, batch.targets, batch.proposals
+        try:
+            self.engine.accumulate(*part, weight=batch.weight, ends_step=batch.ends_step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise too_large(batch.images, batch.targets, batch.image_ids, self._step_of_run + 1) from error
 
     def _after_step(self) -> dict[str, float] | None:
         """What is due after a step: log, save, evaluate. Returns the metrics of an evaluation."""
@@ -171,14 +207,31 @@ class _Worker:
 
     def _log(self) -> None:
         step = self.engine.step
-        losses, speed = self.meter.read()
-        losses = mean_over_ranks(losses, self.world_size, self.engine.device)
-        check_finite(losses, step)
+        steps, image_ids, speed = self.meter.read()
+        losses = self._checked(steps, image_ids)
         if self.logger:
             rate = learning_rate(step - 1, self.config)
             self.logger.metrics({f"train/{name}": value for name, value in losses.items()}, self._step_of_run)
-            self.logger.metrics({**speed, "train/learning_rate": rate}, self._step_of_run)
+            skipped = {"train/skipped_batches": float(self.skipped)} if self.config.skips_allowed else {}
+            self.logger.metrics({**speed, "train/learning_rate": rate, **skipped}, self._step_of_run)
         self._say(progress_line(step, self.config.steps, losses, speed, self.config.global_batch))
+
+    def _checked(self, steps: Tensor, image_ids: list[list[int]]) -> dict[str, float]:
+        """Means of the losses of the steps since the last report, over all ranks. Raises NonFiniteLossError, on all
+        ranks, where one of them is not finite or too many were skipped."""
+        names, first_step = self.meter.names, self._step_of_run - len(steps) + 1
+        steps = mean_over_ranks(steps, self.world_size, self.engine.device)
+        of_steps = [dict(zip(names, row, strict=True)) for row in steps.tolist()]
+        skipped = [step for step in of_steps if step.get(SKIPPED)]
+        self.skipped += len(skipped)
+        if skipped or not bool(steps.isfinite().all()):
+            everyones = all_image_ids(image_ids, self.world_size)
+            check_losses(of_steps, first_step=first_step, image_ids=everyones)
+            last = max((i for i, step in enumerate(of_steps) if step.get(SKIPPED)), default=-1)
+            check_skipped(self.skipped, self.config.skips_allowed, step=first_step + last, image_ids=everyones[last])
+        taken = steps[[i for i, step in enumerate(of_steps) if not step.get(SKIPPED)]]
+        losses = dict(zip(names, taken.mean(dim=0).tolist(), strict=True)) if len(taken) else {}
+        return {name: value for name, value in losses.items() if name != SKIPPED}
 
     def _evaluate(self) -> dict[str, float]:
         """COCO AP on every validation image: each rank detects in its share, rank 0 computes and has the numbers.
@@ -248,64 +301,6 @@ def read_model(uri: str) -> MaskRCNN:
     return model_from_files({name: store.read_bytes(name) for name in (WEIGHTS_FILE, CONFIG_FILE)}, uri)
 
 
-class Meter:
-    """Losses, throughput and time spent waiting for data since the last report."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.global_batch = config.global_batch
-        self.restart()
-        self.losses: list[Losses] = []
-        self.seconds = self.wait_seconds = 0.0
-        self.total_images, self.total_seconds = 0, 0.0
-
-    def restart(self) -> None:
-        """Do not count what passed since the last step: evaluation and checkpoints are not training."""
-        self.mark = time.monotonic()
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Count the time in here as data-wait."""
-        started = time.monotonic()
-        yield
-        self.wait_seconds += time.monotonic() - started
-
-    def add(self, losses: Losses) -> None:
-        """One step is done."""
-        self.losses.append(losses)
-        now = time.monotonic()
-        self.seconds, self.mark = self.seconds + now - self.mark, now
-
-    def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Mean losses, and perf/...; then start over."""
-        started = time.monotonic()
-        losses = read_losses(self.losses)  # on a GPU the host waits here for the steps themselves
-        self.seconds += time.monotonic() - started
-        images = len(self.losses) * self.global_batch
-        self.total_images, self.total_seconds = self.total_images + images, self.total_seconds + self.seconds
-        speed = {
-            "perf/images_per_second": images / self.seconds,
-            "perf/data_wait_share": self.wait_seconds / self.seconds,
-        }
-        self.losses, self.seconds, self.wait_seconds = [], 0.0, 0.0
-        return losses, speed
-
-    @property
-    def images_per_second(self) -> float:
-        """Over all reports so far."""
-        return self.total_images / self.total_seconds if self.total_seconds else 0.0
-
-
-def progress_line(step: int, steps: int, losses: dict[str, float], speed: dict[str, float], batch: int) -> str:
-    """One line that tells how training goes."""
-    parts = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items())
-    rate = speed["perf/images_per_second"]
-    minutes, seconds = divmod(round((steps - step) * batch / rate), 60)
-    return (
-        f"step {step}/{steps}  {parts}  {rate:.1f} images/s  "
-        f"data-wait {speed['perf/data_wait_share']:.0%}  {minutes}:{seconds:02d} left"
-    )
-
-
 def ap_metrics(found: Metrics) -> dict[str, float]:
     """The metrics that are compared between runs, of what the model finds."""
     logged = {
@@ -314,30 +309,3 @@ def ap_metrics(found: Metrics) -> dict[str, float]:
         "box": (found.box, ("AP", "AP50")),
     }
     return {f"val/{kind}_{name}": all_[name] for kind, (all_, names) in logged.items() if all_ for name in names}
-
-
-def mean_over_ranks(values: dict[str, float], world_size: int, device: torch.device) -> dict[str, float]:
-    """The same numbers on every rank."""
-    if world_size == 1:
-        return values
-    sums = torch.tensor(list(values.values()), device=device)
-    dist.all_reduce(sums)
-    return dict(zip(values, (sums / world_size).tolist(), strict=True))
-
-
-def same_on_all_ranks(number: int, world_size: int, device: torch.device) -> int:
-    """Rank 0's number."""
-    if world_size == 1:
-        return number
-    shared = torch.tensor(number, device=device)
-    dist.broadcast(shared, src=0)
-    return int(shared)
-
-
-def gather(rows: list[JudgedRow], rank: int, world_size: int) -> list[JudgedRow]:
-    """All ranks' rows on rank 0; elsewhere an empty list."""
-    if world_size == 1:
-        return rows
-    everyone: list[Any] | None = [None] * world_size if rank == 0 else None
-    dist.gather_object(rows, everyone)
-    return [row for part in everyone or [] for row in part]

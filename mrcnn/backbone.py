@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from mrcnn.config import BackboneConfig, HeadNorm, Norm
+from mrcnn.distributed import SyncBatchNorm
 
 STRIDES = (4, 8, 16, 32, 64)  # of res2..res5 and P6
 NormLayer = Callable[[int], nn.Module]
@@ -23,7 +24,7 @@ def norm_layer(norm: Norm | Literal["none"], eps: float = 1e-5) -> NormLayer:
         "none": lambda channels: nn.Identity(),
         "frozen_bn": partial(FrozenBatchNorm2d, eps=eps),
         "bn": partial(nn.BatchNorm2d, eps=eps),
-        "sync_bn": partial(nn.SyncBatchNorm, eps=eps),
+        "sync_bn": partial(SyncBatchNorm, eps=eps),
         "gn": lambda channels: nn.GroupNorm(32 if channels % 32 == 0 else 16, channels, eps=eps),
     }
     return layers[norm]

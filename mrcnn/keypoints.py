@@ -36,18 +36,17 @@ def keypoint_targets(keypoints: Tensor, rois: Tensor, side: int) -> tuple[Tensor
     return row * side + column, valid
 
 
-def keypoint_loss(logits: Tensor, targets: Tensor, valid: Tensor, weights: Tensor) -> Tensor:
-    """Softmax cross-entropy over the cells of each heatmap, mean over keypoints; 0 where none counts.
+def keypoint_loss(logits: Tensor, targets: Tensor, counted: Tensor, *, count: Tensor) -> Tensor:
+    """Softmax cross-entropy over the cells of each heatmap, summed over keypoints that count, divided by `count`.
 
     Args:
         logits: (R, Kp, side, side)
         targets: (R, Kp) int64, as `keypoint_targets` gives them
-        valid: (R, Kp) bool: which keypoints count
-        weights: (R,) 0 or 1: which RoIs count
+        counted: (R, Kp) 0 or 1: which keypoints count
+        count: () how many do, see mrcnn/distributed.py
     """
     loss = F.cross_entropy(logits.flatten(2).flatten(0, 1), targets.flatten(), reduction="none")
-    counted = (valid * weights[:, None]).flatten()
-    return (loss * counted).sum() / counted.sum().clamp(min=1)
+    return (loss * counted.flatten()).sum() / count
 
 
 def decode_keypoints(logits: Tensor, boxes: Tensor, *, score: Literal["probability", "logit"]) -> Tensor:

@@ -16,6 +16,7 @@ from mrcnn import losses
 from mrcnn.backbone import resnet, stage_channels
 from mrcnn.boxes import clip_boxes, decode_boxes, encode_boxes, gather_boxes
 from mrcnn.config import ModelConfig
+from mrcnn.distributed import Count
 from mrcnn.heads import BoxHead, FCNMaskHead, KeypointHead, MLPMaskHead
 from mrcnn.inputs import readable
 from mrcnn.keypoints import decode_keypoints, keypoint_loss, keypoint_targets
@@ -49,6 +50,7 @@ class RoIHeads(nn.Module):
     def __init__(self, channels: int, strides: Sequence[int], config: ModelConfig) -> None:
         super().__init__()
         self.config, self.strides = config, tuple(strides)
+        self.count = Count()
         roi, mask, K = config.roi, config.mask, config.num_classes
         self.res5 = resnet(config.backbone)[1][3] if roi.head == "res5" else None
         if self.res5 is not None and config.backbone.frozen_stages == 5:
@@ -130,16 +132,17 @@ class RoIHeads(nn.Module):
         labels, weights = rois.labels.flatten(), rois.weights.flatten()
         gt_boxes = gather_boxes(targets.boxes, rois.matched_idxs)
         goal = encode_boxes(gt_boxes, rois.boxes, roi.box_weights, roi.box_coding).flatten(0, 1)
+        count = self.count(weights.sum())
         of_class = (labels - 1).clamp(min=0)[:, None, None].expand(-1, 1, 4)
         loss_box_reg = losses.box_loss(
             box_deltas.gather(1, of_class).squeeze(1),
             goal,
             weights=(labels > 0).to(goal.dtype),
-            count=weights.sum(),
+            count=count,
             beta=roi.smooth_l1_beta,
         )
         return {
-            "loss_classifier": losses.classification_loss(class_logits, labels, weights),
+            "loss_classifier": losses.classification_loss(class_logits, labels, weights=weights, count=count),
             "loss_box_reg": loss_box_reg,
         }
 
@@ -151,10 +154,11 @@ class RoIHeads(nn.Module):
         goal = self.mask_targets(rois.boxes, instances, sizes, targets, side=logits.shape[-1]).to(logits.dtype)
         labels = rois.labels.flatten()
         weights = (labels > 0).to(logits.dtype) * _has_mask(targets, instances)
+        count = self.count(weights.sum())
         channels = self._mask_channels(labels)
         if self.config.mask.loss == "softmax":
-            return losses.softmax_mask_loss(logits, goal, channels, weights)
-        return losses.mask_loss(_take_channel(logits, channels), goal, weights)
+            return losses.softmax_mask_loss(logits, goal, channels, weights=weights, count=count)
+        return losses.mask_loss(_take_channel(logits, channels), goal, weights=weights, count=count)
 
     def _mask_channels(self, labels: Tensor) -> Tensor:
         """The mask head's channel of each label (R,); any one for background."""
@@ -186,8 +190,8 @@ class RoIHeads(nn.Module):
         annotated = _gather_keypoints(targets, rois, config.num_keypoints)
         shifted = torch.cat([annotated[..., :2] + config.pixel_offset, annotated[..., 2:]], dim=-1)
         cells, valid = keypoint_targets(shifted, boxes[:, 1:], heatmaps.shape[-1])
-        weights = (rois.labels.flatten() > 0).to(heatmaps.dtype)
-        return keypoint_loss(heatmaps, cells, valid, weights)
+        counted = (valid & (rois.labels.flatten() > 0)[:, None]).to(heatmaps.dtype)
+        return keypoint_loss(heatmaps, cells, counted, count=self.count(counted.sum()))
 
     @torch.no_grad()
     def detect(self, features: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> list[BoxResult]:

@@ -17,6 +17,7 @@ from mrcnn.anchors import grid_anchors, level_anchors
 from mrcnn.backbone import spatial_sizes
 from mrcnn.boxes import clip_boxes, decode_boxes, encode_boxes, gather_boxes
 from mrcnn.config import RPNConfig
+from mrcnn.distributed import Count
 from mrcnn.matching import POSITIVE, match, priorities, sample
 from mrcnn.ops import nms
 from mrcnn.structures import Targets, _OnDevice, full_precision
@@ -48,6 +49,7 @@ class RPN(nn.Module):
     def __init__(self, channels: int, strides: Sequence[int], config: RPNConfig) -> None:
         super().__init__()
         self.config, self.strides = config, tuple(strides)
+        self.count = Count()
         cells = level_anchors(config, len(strides))
         for level, cell in enumerate(cells):  # buffers, so that they are on the model's device already
             self.register_buffer(f"cell_anchors_{level}", cell, persistent=False)
@@ -138,9 +140,10 @@ class RPN(nn.Module):
             positive_fraction=config.positive_fraction,
         )
         is_object, weights = kinds == POSITIVE, (kinds >= 0).to(logits.dtype)
-        count = weights.sum()
+        sampled = weights.sum()
         if config.loss_normalizer == "batch_size":
-            count = torch.full_like(count, config.batch_size_per_image * len(kinds))
+            sampled = torch.full_like(sampled, config.batch_size_per_image * len(kinds))
+        count = self.count(sampled)
         box_targets = encode_boxes(
             gather_boxes(targets.boxes, matched_idxs.gather(1, idxs)), anchors[idxs], BOX_WEIGHTS, config.box_coding
         )

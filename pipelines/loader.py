@@ -16,7 +16,7 @@ from mrcnn.structures import ImageBatch, Targets
 from pipelines.augment import UNCHANGED, Augmentation
 from pipelines.collate import collate, most_keypoints
 from pipelines.dataset import Row, ShardDataset
-from pipelines.order import Order, image_seed
+from pipelines.order import Order, StepPart, image_seed, step_parts
 from pipelines.prefetch import prefetched
 from pipelines.proposals import ProposalDataset, collate_proposals
 from pipelines.scaling import Scaling
@@ -24,13 +24,16 @@ from pipelines.scaling import Scaling
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of one training step."""
+    """One rank's share of one training step, or a part of it."""
 
     images: ImageBatch
     targets: Targets
     image_ids: tuple[int, ...]
     proposals: Proposals | None = None
     """Where the detector trains on those of an RPN that was trained apart"""
+    weight: float = 1.0
+    """Images of this part of all ranks, as a share of the step's"""
+    ends_step: bool = True
 
     def pinned(self) -> Batch:
         """The same in page-locked memory."""
@@ -45,6 +48,7 @@ def batches(
     global_batch: int,
     rank: int = 0,
     world_size: int = 1,
+    images_at_once: int = 0,
     start_images: int = 0,
     aspect_groups: bool = True,
     augmentation: Augmentation = UNCHANGED,
@@ -54,23 +58,22 @@ def batches(
     proposals: ProposalDataset | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Endless batches of `rank`, read ahead by threads. Close the iterator to stop them.
+    """Endless batches of `rank`, read ahead by threads: one a step, or several with `images_at_once`, the most that one
+    may hold (0: no bound). Close the iterator to stop them.
 
     `start_images` is the number of images that all ranks together have consumed before: the stream goes on
     there. Every image comes once in each epoch; a step may span two epochs. With `aspect_groups`, landscape and
     portrait images are kept apart as far as that goes (see pipelines/order.py). Each image is resized to what
     `network_input` asks for; without one it keeps the size it is stored in. Its `proposals`, if there are any, go with
     it. `pin_memory` makes copies to a GPU fast.
-    Raises ValueError where `world_size` does not divide `global_batch`, or the data set is empty. Where a row cannot be
-    read, the iterator raises ValueError or FileNotFoundError.
+    Raises ValueError where `global_batch` is too small to share (`step_parts`), or the data set is empty. Where a row
+    cannot be read, the iterator raises ValueError or FileNotFoundError.
     """
-    if global_batch < 1 or global_batch % world_size:
-        raise ValueError(f"global batch is {global_batch}, but must be a positive multiple of the {world_size} workers")
+    assert 0 <= rank < world_size
+    parts = step_parts(global_batch, rank=rank, world_size=world_size, images_at_once=images_at_once)
     if len(dataset) == 0:
         raise ValueError(f"{dataset.uri} holds no images: look at its rejects.parquet")
-    assert 0 <= rank < world_size
-    share = global_batch // world_size
-    places = (range(start, start + share) for start in count(start_images + rank * share, global_batch))
+    places = ((start, part) for start in count(start_images, global_batch) for part in parts)
     portrait = dataset.portrait() if aspect_groups else None
     order = Order(seed, len(dataset), global_batch=global_batch, portrait=portrait)
     load = _Loader(dataset, order, augmentation, network_input, proposals, pin_memory)
@@ -79,7 +82,7 @@ def batches(
 
 @dataclass(frozen=True)
 class _Loader:
-    """Places in the stream of images -> a batch. Threads share it."""
+    """Where a step begins in the stream of images, and a part of it -> a batch. Threads share it."""
 
     dataset: ShardDataset
     order: Order
@@ -88,8 +91,10 @@ class _Loader:
     proposals: ProposalDataset | None
     pin_memory: bool
 
-    def __call__(self, places: range) -> Batch:
-        batch = self._load(places)
+    def __call__(self, place: tuple[int, StepPart]) -> Batch:
+        start, part = place
+        batch = self._load(range(start + part.places.start, start + part.places.stop))
+        batch = replace(batch, weight=part.weight, ends_step=part.ends_step)
         return batch.pinned() if self.pin_memory else batch
 
     def _load(self, places: range) -> Batch:

@@ -1,9 +1,9 @@
 """Which images come when, and the randomness of each: functions of (seed, epoch), and of (seed, epoch, image).
 
 The stream of training images is an order of all rows for epoch 0, then one for epoch 1, and so on: every image once in
-each epoch. A step takes the next `global_batch` images of it, of which each rank has its contiguous share; so it
-depends neither on threads nor, as a whole, on the number of ranks, and goes on from any count of images. A step may
-span two epochs: all ranks take as many steps, and no image is dropped or repeated to fill one.
+each epoch. A step takes the next `global_batch` images of it, of which each rank has its contiguous share, perhaps in
+several parts; so it depends neither on threads nor, as a whole, on the number of ranks, and goes on from any count of
+images. A step may span two epochs: all ranks take as many steps, and no image is dropped or repeated to fill one.
 
 With aspect groups, landscape and portrait images do not share a global batch, which saves padding. Each kind goes on in
 the order of the epoch's permutation. What is left of both kinds at the end of an epoch, fewer than two batches, comes
@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +49,43 @@ def grouped_by_aspect(order: Rows, portrait: NDArray[np.bool_], *, first: int, b
 def _in_batches(places: NDArray[np.int64], batch: int) -> NDArray[np.int64]:
     """(batches, batch), those left out that do not fill one."""
     return places[: len(places) // batch * batch].reshape(-1, batch)
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """What one rank takes at once of a step."""
+
+    places: range
+    """Among the step's images"""
+    weight: float
+    """Images of all ranks in their parts of this number, as a share of the step's"""
+    ends_step: bool
+
+
+def step_parts(global_batch: int, *, rank: int, world_size: int, images_at_once: int = 0) -> list[StepPart]:
+    """A rank's share of each step, in as many parts as every other rank's: of at most `images_at_once`; 0 is no bound.
+
+    Raises ValueError where one of them would be empty.
+    """
+    if global_batch < world_size:
+        raise ValueError(f"global batch is {global_batch}, but must be at least 1 for each of the {world_size} workers")
+    shares = _evenly(range(global_batch), world_size)
+    count = -(-len(shares[0]) // images_at_once) if images_at_once else 1
+    if count > len(shares[-1]):
+        raise ValueError(
+            f"global batch is {global_batch}, of which the {world_size} workers get {len(shares[0])} or "
+            f"{len(shares[-1])} images: those cannot be taken in {count} parts alike. Give a multiple of {world_size}"
+        )
+    parts = [_evenly(share, count) for share in shares]
+    weights = [sum(len(part[i]) for part in parts) / global_batch for i in range(count)]
+    return [StepPart(parts[rank][i], weights[i], i == count - 1) for i in range(count)]
+
+
+def _evenly(places: range, count: int) -> list[range]:
+    """Consecutive ranges, the first ones longer by one where it does not come out even."""
+    size, longer = divmod(len(places), count)
+    starts = [i * size + min(i, longer) for i in range(count + 1)]
+    return [places[start:end] for start, end in pairwise(starts)]
 
 
 class Order:

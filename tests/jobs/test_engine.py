@@ -9,7 +9,7 @@ from torch import nn
 from watch import Watched
 
 from jobs.config import OptimizerConfig, TrainConfig
-from jobs.engine import Engine, NonFiniteLossError, build_optimizer, check_finite, learning_rate, read_losses
+from jobs.engine import Engine, build_optimizer, learning_rate, read_losses
 from mrcnn import MaskRCNN
 from mrcnn.structures import ImageBatch, Targets
 
@@ -44,9 +44,10 @@ def test_steps_count_and_learn(small_model: MaskRCNN, small_batch: tuple[ImageBa
     assert engine.step == 12
     assert engine.images_seen == 12 * 16
     assert not losses[0]["loss"].requires_grad
-    assert read_losses(losses[-2:])["loss"] < read_losses(losses[:2])["loss"]
-    parts = read_losses(losses[:1])
-    assert parts["loss"] == pytest.approx(sum(value for name, value in parts.items() if name != "loss"), rel=1e-5)
+    read = read_losses(losses)
+    assert read.shape == (12, 6)
+    assert read[-2:, 0].mean() < read[:2, 0].mean()
+    torch.testing.assert_close(read[:, 0], read[:, 1:].sum(dim=1))
 
 
 def test_gradients_are_clipped(small_model: MaskRCNN, small_batch: tuple[ImageBatch, Targets]) -> None:
@@ -78,9 +79,3 @@ def test_bfloat16_stays_close(small_model: MaskRCNN, small_batch: tuple[ImageBat
     half = Engine(small_model, replace(config, precision="bf16"), torch.device("cpu")).train_step(*small_batch)
     assert half["loss"].dtype == torch.float32
     torch.testing.assert_close(half["loss"], full["loss"], rtol=0.05, atol=0)
-
-
-def test_a_loss_that_is_not_finite_stops_training() -> None:
-    check_finite({"loss": 1.0, "loss_mask": 0.2}, step=7)
-    with pytest.raises(NonFiniteLossError, match=r"not finite at step 7 \(loss nan, loss_mask 0\.2\): lower"):
-        check_finite({"loss": float("nan"), "loss_mask": 0.2}, step=7)

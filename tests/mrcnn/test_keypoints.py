@@ -68,7 +68,8 @@ def test_loss_and_gradient_equal_torchvisions(keypoints: torch.Tensor, rois: tor
     logits = torch.randn(R, KP, SIDE, SIDE, generator=torch.Generator().manual_seed(2)).requires_grad_()
     positive = torch.arange(R) % 4 > 0
     cells, valid = keypoint_targets(keypoints, rois, SIDE)
-    loss = keypoint_loss(logits, cells, valid, positive.float())
+    counted = (valid & positive[:, None]).float()
+    loss = keypoint_loss(logits, cells, counted, count=counted.sum())
     (gradient,) = torch.autograd.grad(loss, logits)
     each = torch.arange(int(positive.sum()))
     expected = keypointrcnn_loss(logits[positive], [rois[positive]], [keypoints[positive]], [each])
@@ -81,7 +82,7 @@ def test_loss_and_gradient_equal_torchvisions(keypoints: torch.Tensor, rois: tor
 def test_no_keypoint_gives_a_loss_of_zero_with_its_graph(count: int) -> None:
     logits = torch.randn(count, KP, SIDE, SIDE, requires_grad=True)
     nothing = torch.zeros(count, KP, dtype=torch.int64)
-    loss = keypoint_loss(logits, nothing, nothing.bool(), torch.ones(count))
+    loss = keypoint_loss(logits, nothing, nothing.float(), count=torch.ones(()))
     loss.backward()
     assert loss == 0
     assert logits.grad is not None

@@ -197,9 +197,9 @@ def test_closing_ends_the_threads(dataset: ShardDataset) -> None:
     assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
-def test_global_batch_must_be_shared_equally(dataset: ShardDataset) -> None:
-    with pytest.raises(ValueError, match=r"global batch is 5, .* multiple of the 2 workers"):
-        batches(dataset, seed=0, global_batch=5, world_size=2)
+def test_every_worker_needs_an_image(dataset: ShardDataset) -> None:
+    with pytest.raises(ValueError, match=r"global batch is 1, .* at least 1 for each of the 2 workers"):
+        batches(dataset, seed=0, global_batch=1, world_size=2)
 
 
 def test_missing_data_set(tmp_path: str) -> None:
