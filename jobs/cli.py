@@ -87,8 +87,11 @@ def verify_data(uri: Annotated[str, tyro.conf.Positional], cpus: int | None = No
         cpus: CPUs of the Ray that is started on this machine; by default all.
     """
     from jobs.cluster import ray_session
+    from pipelines.manifest import Manifest
+    from pipelines.storage import open_store
     from pipelines.verify import verify
 
+    Manifest.read(open_store(uri).check_answers())  # before Ray starts, so that a wrong folder is told at once
     with ray_session(cpus):
         report = verify(uri)
     print(report)

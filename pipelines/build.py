@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
+from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -63,6 +64,8 @@ class BuildSummary:
     """Of the manifest: the identity of the data set."""
     more: tuple[BuildSummary, ...] = ()
     """Of further sides, made in the same pass."""
+    passed_over: tuple[str, ...] = ()
+    """Files in a bare folder that are not named as images are: neither rows nor rejects"""
 
     @property
     def images_per_second(self) -> float:
@@ -82,6 +85,9 @@ class BuildSummary:
             ("object", self.rejected_annotations_by_reason),
         ):
             lines += [f"rejected {what}s: {count} x {reason}" for reason, count in reasons.items()]
+        if self.passed_over:
+            endings = ", ".join(sorted({PurePosixPath(name).suffix or name for name in self.passed_over}))
+            lines.append(f"passed over: {len(self.passed_over)} files that are not named as images ({endings})")
         if all_.further_tiles:
             cut = f"{all_.further_parts} further parts of objects, {all_.dropped_parts} too small ones left out"
             lines.append(f"cut into {all_.rows} tiles: {cut}")
@@ -191,7 +197,7 @@ def run_build(prepared: PreparedBuild) -> BuildSummary:
         tidy(folder.out)
     seconds = prepared.seconds + time.monotonic() - start
     first, *more = (_summary(folder.out, new, seconds) for folder, new in zip(prepared.folders, made, strict=True))
-    return replace(first, more=tuple(more))
+    return replace(first, more=tuple(more), passed_over=prepared.source.passed_over)
 
 
 def _plan(config: BuildConfig, source: SourceData, scale: Scale) -> dict[str, Any]:

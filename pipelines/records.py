@@ -131,6 +131,8 @@ class SourceData:
     rejected_annotations: list[RejectedAnnotation] = field(default_factory=list)
     annotations: int | None = None
     """All in the annotation file; None where each image has its own: then the tasks count them"""
+    passed_over: tuple[str, ...] = ()
+    """Files among the images that are not named as images are"""
 
     def __post_init__(self) -> None:
         check_sum("images", self.images, len(self.records), len(self.rejects))

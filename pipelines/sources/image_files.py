@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -50,11 +50,13 @@ def read_image_files(config: BuildConfig) -> SourceData:
     if config.images.endswith(".txt"):
         return _read_list(config.images)
     images = open_store(config.images).check_folder()
-    versions = dict(sorted(images.versions(SUFFIXES, follow_links=config.follow_links)))
+    listed = sorted(images.versions(follow_links=config.follow_links))
+    versions = {name: version for name, version in listed if name.lower().endswith(SUFFIXES)}
     if not versions:
         raise FileNotFoundError(f"{images.uri} holds no images ({', '.join(SUFFIXES)}): give the folder that does")
     rejects = unfollowed_folders(images, follow_links=config.follow_links)
-    return named_images(images, list(versions), versions=versions, rejects=rejects)
+    source = named_images(images, list(versions), versions=versions, rejects=rejects)
+    return replace(source, passed_over=tuple(name for name, _ in listed if name not in versions))
 
 
 def named_images(

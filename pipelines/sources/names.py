@@ -12,7 +12,7 @@ from pipelines.records import ImageRecord, Images, Reject, printable
 from pipelines.storage import Store, check_name
 from pipelines.storage_errors import without_secrets
 
-# What is called otherwise is no image to any source: neither a row nor a reject.
+# What is called otherwise is no image to any source, neither a row nor a reject: a bare folder's files are told of.
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
     ".tga", ".ppm", ".pgm", ".pbm", ".pnm",

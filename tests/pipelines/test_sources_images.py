@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import pytest
+from inline import build_here
 from sources import built, write_image
 
 from pipelines.config import BuildConfig, Format
@@ -30,6 +31,9 @@ def test_a_folder_is_all_images_below_it(tmp_path: Path) -> None:
     assert made.rows[0].image_id == 139
     assert made.classes == []
     assert (made.totals.annotations, made.totals.rejects) == (0, 0)
+    summary = build_here(BuildConfig(images=str(tmp_path / "data"), out=str(tmp_path / "again"), format="images"))
+    assert summary.passed_over == ("notes.txt", "of/list.json")
+    assert "passed over: 2 files that are not named as images (.json, .txt)" in str(summary)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no images .*give the folder that does"):
         built(tmp_path / "other", images=str(tmp_path / "empty"), format="images")
