@@ -69,7 +69,7 @@ class Commands:
         self.folder = folder
         self.environment = dict(environment)
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["jobs.cli", "jobs.submit"])
+        self.context.set_forkserver_preload(["jobs.cli"])  # not Ray, which reads its environment when it is imported
         self.started: list[Running] = []
 
     def start(self, *words: str, **environment: str) -> Running:
