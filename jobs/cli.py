@@ -342,9 +342,9 @@ def parse_submit(options: Sequence[str], words: Sequence[str]) -> partial[int]:
         return submission
 
     submission = tyro.cli(collect, args=options, prog="mrcnn submit", description=submit.__doc__)
-    command = parse(words)
-    if command.func in (submit, jobs):
+    if words[:1] in (["submit"], ["jobs"]):
         raise ValueError(f"mrcnn {words[0]} is for this machine: give a command for the cluster after --")
+    command = parse(words)
     if command.func is train:
         command()  # says what is missing
     from jobs.submit import submit as run

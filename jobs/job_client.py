@@ -20,6 +20,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from jobs.cluster import CONNECT_SECONDS
 from jobs.ship import secret_in
 
+FIRST_ANSWER_SECONDS = 10.0
 ANSWER_SECONDS = 60.0  # without a byte
 GIVE_UP_SECONDS = 600.0  # without any answer
 POLL_SECONDS = 1.0
@@ -114,16 +115,17 @@ class JobClient(JobSubmissionClient):
             logging.getLogger(name).setLevel(logging.WARNING)
         self.url = api_server(address)
         self.patience = 0.0  # a wrong address is told at once
+        self.answer_seconds = FIRST_ANSWER_SECONDS
         os.environ["RAY_API_SERVER_ADDRESS"] = self.url  # Ray prefers the variable to what it is given
         try:
             super().__init__(self.url)
         except (ConnectionError, RuntimeError, requests.RequestException) as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"no Ray cluster at {self.url} ({reason}): is it running, and is this its port?") from None
-        self.patience = give_up_seconds
+        self.patience, self.answer_seconds = give_up_seconds, ANSWER_SECONDS
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
-        options.setdefault("timeout", (CONNECT_SECONDS, ANSWER_SECONDS))
+        options.setdefault("timeout", (CONNECT_SECONDS, self.answer_seconds))
         lost_at = None
         while True:
             answer, reason = self._try(method, endpoint, options)

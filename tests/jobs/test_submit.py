@@ -109,7 +109,9 @@ def test_a_job_that_is_not_waited_for(mrcnn: Commands, tmp_path: Path) -> None:
     following = mrcnn.start("jobs", "logs", job, "--follow")
     wait_until(lambda: (tmp_path / "images").exists() and "Running entrypoint" in following.out)
     listed = mrcnn.run("jobs", "list")
-    assert len(re.findall(rf"^{job} +RUNNING .* mrcnn toy-data --images 1000000 ", listed.out, re.MULTILINE)) == 1, listed
+    assert len(re.findall(rf"^{job} +RUNNING .* mrcnn toy-data --images 1000000 ", listed.out, re.MULTILINE)) == 1, (
+        listed
+    )
     again = mrcnn.run("submit", "--name", job, "--", "toy-data", "--out", str(tmp_path))
     assert (again.code, f"has a job {job} already" in again.err) == (2, True), again
 
