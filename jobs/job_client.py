@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import requests
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from jobs.cluster import CONNECT_SECONDS
@@ -80,7 +80,7 @@ def _ask_cluster(name: str, address: str) -> str:
 
     try:
         return str(ray_address_to_api_server_url(address))
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"no Ray cluster at {name} {address} ({reason}): give http://HOST:8265") from None
 

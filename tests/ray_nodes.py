@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 120.0
-END_SECONDS = 20.0
+END_SECONDS = 5.0
 
 
 @dataclass
