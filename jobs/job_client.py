@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import socket
@@ -24,7 +25,9 @@ FIRST_ANSWER_SECONDS = 10.0
 ANSWER_SECONDS = 60.0  # without a byte
 GIVE_UP_SECONDS = 600.0  # without any answer
 POLL_SECONDS = 1.0
+MAX_POLL_SECONDS = 30.0
 POLL_SHARE = 0.2  # of the time may go into fetching: a long log is fetched less often
+PENDING_SECONDS = 20.0  # after which it is said why a job has not begun
 LOG_ATTEMPTS = 5  # to read the log of a job that has ended
 MARK = "mrcnn_submission"  # in a job's metadata: which attempt to submit made it
 CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")  # of each upload
@@ -205,6 +208,7 @@ class Follower:
         self.job_id = job_id
         self.printed = 0
         self.trouble = ""
+        self.say_it_waits_at = time.monotonic() + PENDING_SECONDS
 
     def follow(self) -> JobDetails:
         """Until the job has ended.
@@ -213,10 +217,11 @@ class Follower:
         """
         job = self.client.job(self.job_id)
         while not job.status.is_terminal():
+            self._say_if_it_waits(job)
             began = time.monotonic()
             self.print_new()
             spent = time.monotonic() - began
-            time.sleep(max(POLL_SECONDS, spent / POLL_SHARE))
+            time.sleep(min(max(POLL_SECONDS, spent / POLL_SHARE), MAX_POLL_SECONDS))
             try:
                 job = self.client.job(self.job_id)
             except ValueError as error:
@@ -227,6 +232,11 @@ class Follower:
             time.sleep(POLL_SECONDS)
         note(f"the end of the log cannot be read ({self.trouble}): the node that has it may be gone")
         return job
+
+    def _say_if_it_waits(self, job: JobDetails) -> None:
+        if job.status == JobStatus.PENDING and time.monotonic() > self.say_it_waits_at:
+            note(f"job {self.job_id} has not begun: {' '.join((job.message or 'Ray gives no reason').split())}")
+            self.say_it_waits_at = math.inf
 
     def print_new(self) -> bool:
         """Whether the log could be read; it cannot for moments, as when its last character is half written."""

@@ -74,7 +74,7 @@ def check_locations(settings: Mapping[str, object]) -> list[str]:
                 f"--{name.strip('_').replace('_', '-')} is {str(value)!r}, a path relative to this folder, and the job "
                 "runs elsewhere: give an s3:// URI, or the absolute path of a folder that all nodes share"
             )
-    return [str(value) for value in local.values()]
+    return list(dict.fromkeys(str(value) for value in local.values()))
 
 
 def _is_local(value: object) -> bool:

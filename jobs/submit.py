@@ -30,6 +30,8 @@ from jobs.ship import (
 )
 
 ENTRYPOINT = "python -m jobs.cli "  # in the shipped code's folder; needs no `mrcnn` script on the nodes
+MLFLOW = "MLFLOW_TRACKING_URI"
+MLFLOW_COMMANDS = ("train", "register", "promote")
 
 
 def submit(submission: Submission, words: Sequence[str], arguments: Mapping[str, Any]) -> int:
@@ -97,6 +99,8 @@ def _send(client: JobClient, job_id: str, submission: Submission, words: Sequenc
     environment, kept = job_environment()
     for name in kept:
         note(f"{name} is not sent, as it holds a credential or names this machine: the nodes' own counts")
+    if words[0] in MLFLOW_COMMANDS and MLFLOW not in environment and MLFLOW not in kept:
+        note(f"{MLFLOW} is not set here: without one of the nodes', what MLflow records is lost with the job's folder")
     runtime_env: dict[str, Any] = {"env_vars": environment}
     with ExitStack() as stack:
         if submission.ship != "nothing":

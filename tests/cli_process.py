@@ -40,7 +40,7 @@ class Running:
     def err(self) -> str:
         return (self.folder / "err").read_text() if (self.folder / "err").exists() else ""
 
-    def wait(self, seconds: float = 120.0) -> Done:
+    def wait(self, seconds: float = 300.0) -> Done:
         self.process.join(seconds)
         assert self.process.exitcode is not None, (self.out, self.err)
         return Done(self.process.exitcode, self.out, self.err, time.monotonic() - self.started)

@@ -49,7 +49,7 @@ def mrcnn(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Co
         yield mrcnn
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 90.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 180.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
@@ -156,7 +156,7 @@ def test_what_the_cluster_cannot_give(nodes: Nodes, mrcnn: Commands, words: tupl
     wait_until(nodes.is_known_as_fixed)
     jobs = len(nodes.ask("/api/jobs/"))
     done = mrcnn.run("submit", *words)
-    assert (done.code, message in done.err, done.seconds < 20) == (2, True, True), done
+    assert (done.code, message in done.err, done.seconds < 30) == (2, True, True), done
     assert len(nodes.ask("/api/jobs/")) == jobs
 
 
@@ -175,7 +175,7 @@ def test_addresses(nodes: Nodes, mrcnn: Commands) -> None:
     assert "refuses this client's token" in done["wrong token"].err
     assert done["cluster's own"].out.startswith("JOB ")
     assert "knows no job none" in done["unknown job"].err
-    assert max(result.seconds for result in done.values()) < 20
+    assert max(result.seconds for result in done.values()) < 30
 
 
 def test_a_server_that_never_answers_is_told_in_seconds(mrcnn: Commands) -> None:

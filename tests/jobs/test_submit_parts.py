@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -253,3 +253,71 @@ def test_addresses_of_another_kind(address: str | None, message: str) -> None:
 def test_exit_codes(status: JobStatus, code: int | None, expected: int) -> None:
     job = JobDetails(type=JobType.SUBMISSION, status=status, entrypoint="x", driver_exit_code=code)
     assert exit_code(job) == expected
+
+
+class Cluster:
+    """Of a client, what following a job needs: a job of these states, the last one for good, and its log."""
+
+    url = "http://head:8265"
+
+    def __init__(self, *states: JobStatus | Exception, logs: Sequence[str | Exception] = ("a log\n",)) -> None:
+        self.states, self.logs = list(states), list(logs)
+
+    def job(self, job_id: str) -> JobDetails:
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, Exception):
+            raise state
+        return JobDetails(type=JobType.SUBMISSION, status=state, entrypoint="x", message="no node\nhas a GPU")
+
+    def get_job_logs(self, job_id: str) -> str:
+        log = self.logs.pop(0) if len(self.logs) > 1 else self.logs[0]
+        if isinstance(log, Exception):
+            raise log
+        return log
+
+
+def follow(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = submit.follow(cluster, "j", None)  # type: ignore[arg-type]
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("POLL_SECONDS", "MAX_POLL_SECONDS", "PENDING_SECONDS"):
+        monkeypatch.setattr(f"jobs.job_client.{name}", 0.0)
+
+
+def test_only_what_is_new_in_a_log_is_printed(no_waiting: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = [
+        "",
+        "one\ntw",
+        RuntimeError("status 500"),
+        "one\n",
+        "one\ntwo\n",
+        RuntimeError("status 500"),
+        "one\ntwo\n3\n",
+    ]
+    states = [JobStatus.PENDING, *[JobStatus.RUNNING] * 4, JobStatus.SUCCEEDED]
+    code, out, err = follow(Cluster(*states, logs=logs), capsys)
+    assert (code, out) == (0, "one\ntwo\n3\n")
+    assert err.splitlines()[0] == "mrcnn: job j has not begun: no node has a GPU"
+    assert "cannot be read" not in err
+
+
+def test_a_lost_log_is_said(no_waiting: None, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = follow(Cluster(JobStatus.FAILED, logs=[RuntimeError("Traceback\nno such node.")]), capsys)
+    assert (code, out) == (1, "")
+    assert "the end of the log cannot be read (no such node)" in err
+    assert "failed after 0 s: no node" in err
+
+
+@pytest.mark.parametrize(
+    ("lost", "kind", "message"),
+    [
+        (ConnectionError("no answer"), ConnectionError, "no answer, and job j may go on; follow it: mrcnn jobs logs j"),
+        (ValueError("unknown"), RuntimeError, "unknown; it did before"),
+    ],
+)
+def test_a_cluster_that_is_gone(lost: Exception, kind: type[Exception], message: str, no_waiting: None) -> None:
+    with pytest.raises(kind, match=message):
+        submit.follow(Cluster(JobStatus.RUNNING, lost), "j", None)  # type: ignore[arg-type]
