@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial, wraps
 from typing import Annotated, Any
 
 import tyro
@@ -18,6 +19,7 @@ import tyro
 from jobs.benchmark_cases import AnyBenchmarkName
 from jobs.config import TrainConfig, TrainJob
 from jobs.convert import Peer
+from jobs.job_commands import Submission, list_, logs, stop
 from jobs.presets import PRESETS, Preset
 from mrcnn.peers import Classes
 from pipelines.config import BuildConfig
@@ -26,7 +28,7 @@ DESCRIPTION = """Mask R-CNN on Ray: from images in an object store to masks.
 
 A URI is a local path or s3://bucket/prefix. The S3 endpoint and credentials come from AWS_ENDPOINT_URL,
 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLflow's address from MLFLOW_TRACKING_URI, a running Ray cluster's from
-RAY_ADDRESS."""
+RAY_ADDRESS. `mrcnn submit -- COMMAND ...` runs any command on a cluster that this machine is no part of."""
 
 
 def toy_data(out: str, images: int = 600, seed: int = 0, size: int = 128, keypoints: bool = False) -> None:
@@ -251,6 +253,44 @@ def demo(out: str = "demo-run") -> None:
     run_demo(out)
 
 
+def _parsed_only(function: Callable[..., Any]) -> Callable[..., partial[Any]]:
+    """The same command line, but instead of the command being run, what would run it is returned."""
+
+    @wraps(function)
+    def parsed(*args: Any, **kwargs: Any) -> partial[Any]:
+        return partial(function, *args, **kwargs)
+
+    return parsed
+
+
+def submit(submission: Annotated[Submission, tyro.conf.arg(name="")]) -> None:
+    """Run any command on a Ray cluster: `mrcnn submit OPTIONS -- COMMAND ...`.
+
+    Args:
+        submission: How the command is sent.
+    """
+    raise ValueError(
+        "say what to run: mrcnn submit -- COMMAND ..., as in mrcnn submit -- train r50_fpn --data s3://..."
+    )
+
+
+JobCommand = (
+    Annotated[Any, tyro.conf.subcommand("list", constructor=_parsed_only(list_))]
+    | Annotated[Any, tyro.conf.subcommand("logs", constructor=_parsed_only(logs))]
+    | Annotated[Any, tyro.conf.subcommand("stop", constructor=_parsed_only(stop))]
+)
+
+
+def jobs(command: Annotated[JobCommand, tyro.conf.arg(name="")]) -> int | None:
+    """Look after jobs that were submitted to a Ray cluster.
+
+    Args:
+        command: What to do.
+    """
+    done: int | None = command()
+    return done
+
+
 COMMANDS: dict[str, Any] = {
     "toy-data": toy_data,
     "build-data": build_data,
@@ -264,12 +304,13 @@ COMMANDS: dict[str, Any] = {
     "convert-weights": convert_weights,
     "benchmark": benchmark,
     "demo": demo,
+    "submit": submit,
+    "jobs": jobs,
 }
 
 
-def run_train(preset: str, arguments: Sequence[str]) -> None:
-    """`mrcnn train PRESET ...`: the preset gives the defaults of all settings."""
-    job, config, cpus = parse_train(preset, arguments)
+def run_train(job: TrainJob, config: TrainConfig, cpus: int | None) -> None:
+    """`mrcnn train PRESET ...`."""
     from jobs.cluster import ray_session
     from jobs.train import train as run
 
@@ -297,18 +338,50 @@ def parse_train(preset: str, arguments: Sequence[str]) -> tuple[TrainJob, TrainC
     return tyro.cli(collect, args=arguments, prog=f"mrcnn train {preset}")
 
 
+def parse_submit(options: Sequence[str], words: Sequence[str]) -> partial[int]:
+    """`mrcnn submit OPTIONS -- WORDS`. The words are parsed here, as they will be on the cluster."""
+
+    def collect(submission: Annotated[Submission, tyro.conf.arg(name="")]) -> Submission:
+        return submission
+
+    submission = tyro.cli(collect, args=options, prog="mrcnn submit", description=submit.__doc__)
+    if words[:1] in (["submit"], ["jobs"]):
+        raise ValueError(f"mrcnn {words[0]} is for this machine: give a command for the cluster after --")
+    command = parse(words)
+    if command.func is train:
+        command()  # says what is missing
+    from jobs.submit import submit as run
+
+    return partial(run, submission, words, command.keywords)
+
+
+def parse(words: Sequence[str]) -> partial[Any]:
+    """What a command line asks for, not yet done.
+
+    Raises ValueError for an unknown preset; for all else that is wrong tyro prints what, and raises SystemExit.
+    """
+    if words[:1] == ["submit"] and "--" in words:
+        cut = words.index("--")
+        return parse_submit(words[1:cut], words[cut + 1 :])
+    if words[:1] == ["train"] and len(words) > 1 and not words[1].startswith("-") and words[1] not in PRESETS:
+        raise ValueError(f"{words[1]!r} is no preset: take one of {', '.join(PRESETS)}")
+    if len(words) > 2 - ("--help" in words) and words[0] == "train" and words[1] in PRESETS:
+        job, config, cpus = parse_train(words[1], words[2:])
+        return partial(run_train, job=job, config=config, cpus=cpus)
+    commands = {name: _parsed_only(function) for name, function in COMMANDS.items()}
+    parsed: partial[Any] = tyro.extras.subcommand_cli_from_dict(
+        commands, args=words, prog="mrcnn", description=DESCRIPTION
+    )
+    return parsed
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `mrcnn`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # in a pipe, too, progress is seen as it is made
     try:
-        if words[:1] == ["train"] and len(words) > 1 and not words[1].startswith("-") and words[1] not in PRESETS:
-            raise ValueError(f"{words[1]!r} is no preset: take one of {', '.join(PRESETS)}")
-        if len(words) > 2 - ("--help" in words) and words[0] == "train" and words[1] in PRESETS:
-            run_train(words[1], words[2:])
-        else:
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, args=words, prog="mrcnn", description=DESCRIPTION)
+        return parse(words)() or 0
     except (ValueError, FileNotFoundError, PermissionError) as error:
         return _fail(error, code=2)
     except (OSError, RuntimeError) as error:
@@ -316,7 +389,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mrcnn: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _fail(error: Exception, *, code: int) -> int:

@@ -11,8 +11,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +27,8 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.telemetry import set_telemetry_client
 from sqlalchemy.exc import SQLAlchemyError
+
+from jobs.ship import git_commit
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 ARTIFACT_ROOT = "MRCNN_ARTIFACT_ROOT"
@@ -194,7 +194,7 @@ class RunLogger:
 
 def standard_tags() -> dict[str, str]:
     """What ran where: commit of the working tree, version of this package, torch, CUDA and GPU."""
-    commit = _git_commit()
+    commit = git_commit()
     found = {
         "mlflow.source.git.commit": commit,  # the UI shows this one
         "mrcnn.git_commit": commit,
@@ -255,19 +255,6 @@ def _artifact_location(experiment: str) -> str | None:
         root = Path(root).resolve().as_uri()
     folder = re.sub(r"[^A-Za-z0-9_.-]+", "-", experiment)
     return f"{root.rstrip('/')}/{folder}"
-
-
-def _git_commit() -> str | None:
-    """None where there is no git, or where this file lies in somebody else's repository (a venv in one)."""
-    here = Path(__file__).resolve()
-
-    def git(*words: str) -> str | None:
-        answer = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, check=False)
-        return answer.stdout.strip() if answer.returncode == 0 else None
-
-    if shutil.which("git") is None or git("ls-files", "--error-unmatch", here.name) is None:
-        return None
-    return git("rev-parse", "HEAD")
 
 
 def _own_version() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIBRARY = Path(__file__).with_name("_C.abi3.so")
 REMEDY = (
     "build it with `pip install --no-build-isolation -e .` in the repository's root, "
     "with a C++ compiler and torch >= 2.11"
@@ -27,6 +27,16 @@ class Rule(IntEnum):
     WARP_MNC = 4
     POOL = 5
     PRECISE = 6
+
+
+def find() -> Path:
+    """The library beside this file; else that of an installed mrcnn, for a copy of the Python code alone."""
+    own = Path(__file__).with_name("_C.abi3.so")
+    installed = (Path(folder, "mrcnn", "ops", own.name) for folder in sys.path)
+    return next((path for path in (own, *installed) if path.is_file()), own)
+
+
+LIBRARY = find()
 
 
 def load(path: Path = LIBRARY) -> None:

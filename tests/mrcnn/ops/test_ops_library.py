@@ -45,6 +45,17 @@ def test_missing_library_names_the_remedy(tmp_path):
         _library.load(tmp_path / "_C.abi3.so")
 
 
+def test_a_copy_without_its_library_takes_an_installed_one(tmp_path, monkeypatch):
+    installed = tmp_path / "mrcnn/ops/_C.abi3.so"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    assert _library.find() == _library.LIBRARY != installed
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _library.find() == _library.LIBRARY  # its own first
+    monkeypatch.setattr(_library, "__file__", str(tmp_path / "copy/_library.py"))
+    assert _library.find() == installed
+
+
 def test_import_needs_neither_gpu_nor_torch_python_symbols():
     """The library is plain: it must not drag in libtorch_python, so that any Python >= 3.11 loads it."""
     if sys.platform != "linux" or shutil.which("readelf") is None:
