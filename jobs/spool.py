@@ -1,9 +1,9 @@
 """A queue to a receiver that may be away, such as MLflow.
 
-Whoever puts something in never waits for the receiver: a thread sends it, in order, and tries again with growing pauses.
-What is not sent yet is in memory, and in files of the spool's folder once it has to outlive the process (`keep`) or
-becomes much. A spool sends first what earlier ones have left in its folder. Everything arrives at least once, in case of
-doubt twice: the receiver has to be one that takes the same thing twice without harm.
+Whoever puts something in never waits for the receiver: a thread sends it, in order, and tries again with growing
+pauses. What is not sent yet is in memory, and in files of the spool's folder once it has to outlive the process
+(`keep`) or becomes much. A spool sends first what earlier ones have left in its folder. Everything arrives at least
+once, in case of doubt twice: the receiver has to be one that takes the same thing twice without harm.
 """
 
 from __future__ import annotations
