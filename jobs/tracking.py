@@ -54,6 +54,7 @@ _DATASET_NAME_LENGTH, _DIGEST_LENGTH = 500, 36  # MLflow's bounds
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # 7 keep a user waiting for minutes on a wrong address
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the summary names the run
 set_telemetry_client()  # again: importing MLflow has looked at the variable already
 
 # The first use of a SQLite store tells of every migration of its tables.

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mlflow_server import Gate
 
 from jobs import tracking, tracking_system
 from jobs.replay import replay_run
 from jobs.tracking import RunHandle, create_run
 from jobs.tracking_log import RunLogger, Unsent, run_status, unsent
+from jobs.tracking_system import gpu_memory
+from jobs.train import _reopen_run
 
 AT_ONCE = 1.0  # seconds; generous, for calls that wait for nobody
 PICTURE = np.zeros((40, 30, 3), np.uint8)
@@ -138,6 +141,21 @@ def test_an_mlflow_that_stays_away_is_told_and_replayed_without_duplicates(
     assert found.data.tags["note"] == "s3://bucket/x"
 
 
+def test_going_on_gives_mlflow_first_what_it_has_missed(run: RunHandle, gate: Gate, tmp_path: Path) -> None:
+    gate.drop()
+    logger = RunLogger(run, str(tmp_path))
+    logger.metrics({"train/loss": 1.0}, 1)
+    logger.finish("FAILED")
+    logger.close(patience=0)
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI"):  # at once, before a training begins
+        _reopen_run(run.run_id, str(tmp_path))
+    gate.open()
+    assert _reopen_run(run.run_id, str(tmp_path)) == run
+    assert unsent(str(tmp_path), "") is None
+    assert logged(run) == {1: 1.0}
+    assert tracking.client().get_run(run.run_id).info.status == "RUNNING"
+
+
 def test_metrics_go_on_where_artifacts_cannot_be_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -222,6 +240,20 @@ def test_the_machine_is_watched_at_the_step_of_the_metrics(
     history = tracking.client().get_metric_history(run.run_id, "system/disk_usage_percentage")
     assert len(history) > 1
     assert {metric.step for metric in history} == {7}
+
+
+def test_a_cpu_has_no_gpu_memory() -> None:
+    assert gpu_memory(torch.device("cpu")) == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_most_that_a_gpu_held_since_the_last_time() -> None:
+    device = torch.device("cuda")
+    gpu_memory(device)
+    torch.empty(10**8, dtype=torch.uint8, device=device)
+    assert gpu_memory(device)["perf/gpu_memory_gb"] >= 0.1
+    assert gpu_memory(device)["perf/gpu_memory_gb"] < 0.1
 
 
 def test_the_config_and_the_data_are_told(run: RunHandle) -> None:
