@@ -18,6 +18,6 @@ def redact(text: str) -> str:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What an exception says, in a line of at most 200 characters, without credentials."""
+    """What an exception says, in a line of at most 300 characters, without credentials."""
     text = redact(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return text if len(text) <= 300 else f"{text[:297]}..."

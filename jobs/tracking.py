@@ -49,6 +49,7 @@ CONFIG_ARTIFACT = "config.json"
 _SQLITE = "sqlite:///"
 _PARAM_LENGTH = 6000  # MLflow's bounds: characters of a value, parameters of a batch
 _PARAM_BATCH = 100
+_RETRIES = re.compile(r"HTTPS?ConnectionPool\(.*?\): Max retries exceeded with url: \S+ ")  # before the cause
 _ERRORS = (MlflowException, SQLAlchemyError, ImportError, RequestException, Boto3Error, BotoCoreError, ClientError)
 _DATASET_NAME_LENGTH, _DIGEST_LENGTH = 500, 36  # MLflow's bounds
 
@@ -57,9 +58,9 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # 7 keep a user w
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the summary names the run
 set_telemetry_client()  # again: importing MLflow has looked at the variable already
 
-# The first use of a SQLite store tells of every migration of its tables.
-for _name in ("alembic", "mlflow.store.db.utils"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
+# The first use of a SQLite store tells of every migration of its tables, and urllib3 of every retry.
+for _name in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def readable_errors(uri: str | None = None) -> Iterator[None]:
     except _ERRORS as error:
         where = redact(uri or os.environ.get(TRACKING_URI) or "mlflow.db in the working directory")
         reason = error.message if isinstance(error, MlflowException) else str(error).split("\n")[0]
-        raise ValueError(f"MLflow ({TRACKING_URI}: {where}): {redact(reason)}") from error
+        raise ValueError(f"MLflow ({TRACKING_URI}: {where}): {redact(_RETRIES.sub('', reason))}") from error
 
 
 def create_run(

@@ -123,6 +123,8 @@ def test_an_mlflow_that_stays_away_is_told_and_replayed_without_duplicates(
     told = str(end.unsent)
     assert "MLflow lacks 6 metric values, 6 tags and states, 7 files: MLflow" in told
     assert f"mrcnn replay-mlflow {tmp_path}" in told
+    assert "Caused by" in told
+    assert "Max retries" not in told
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI"):
         replay_run(str(tmp_path))
     gate.open()
