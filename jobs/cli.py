@@ -18,6 +18,7 @@ import tyro
 
 from jobs.benchmark_cases import AnyBenchmarkName
 from jobs.config import TrainConfig, TrainJob
+from jobs.config_file import config_uri, starting_point
 from jobs.convert import Peer
 from jobs.job_commands import Submission, list_, logs, stop
 from jobs.presets import PRESETS, Preset
@@ -102,13 +103,27 @@ def verify_data(uri: Annotated[str, tyro.conf.Positional], cpus: int | None = No
 
 def train(
     preset: Annotated[Preset, tyro.conf.Positional],
+    config: str = "",
 ) -> None:
     """Train a model with Ray Train. `mrcnn train PRESET --help` lists all settings.
 
     Args:
         preset: r18_fpn_small is for laptops, toy is the demo's, all others are the paper's.
+        config: In the place of a preset, the settings of an earlier run: URI of its config.json or run.json, or
+            runs:/ID/config.json in MLflow.
     """
     raise ValueError(f"say what to train on: mrcnn train {preset} --data URI --val-data URI --storage URI --run NAME")
+
+
+def replay_mlflow(run: Annotated[str, tyro.conf.Positional]) -> None:
+    """Write into MLflow what it could not take while a run was trained. `mrcnn train --resume` does so, too.
+
+    Args:
+        run: URI of the run's folder, STORAGE/RUN.
+    """
+    from jobs.replay import replay_run
+
+    print(replay_run(run))
 
 
 def evaluate(model: str, data: str, out: str | None = None, cpus: int | None = None) -> None:
@@ -297,6 +312,7 @@ COMMANDS: dict[str, Any] = {
     "inspect-data": inspect_data,
     "verify-data": verify_data,
     "train": train,
+    "replay-mlflow": replay_mlflow,
     "evaluate": evaluate,
     "register": register,
     "promote": promote,
@@ -309,24 +325,25 @@ COMMANDS: dict[str, Any] = {
 }
 
 
-def run_train(job: TrainJob, config: TrainConfig, cpus: int | None) -> None:
-    """`mrcnn train PRESET ...`."""
+def run_train(job: TrainJob, settings: TrainConfig, cpus: int | None, config: str | None) -> None:
+    """`mrcnn train ...`. `config` is the file that the settings began from, if so."""
     from jobs.cluster import ray_session
     from jobs.train import train as run
 
     with ray_session(cpus):
-        print(run(job, config))
+        print(run(job, settings))
 
 
-def parse_train(preset: str, arguments: Sequence[str]) -> tuple[TrainJob, TrainConfig, int | None]:
-    """The words after `mrcnn train PRESET`: what to train, its settings, and CPUs for a Ray of one's own."""
+def parse_train(words: Sequence[str]) -> tuple[TrainJob, TrainConfig, int | None]:
+    """The words after `mrcnn train`: what to train, its settings, and CPUs for a Ray of one's own."""
+    begin, defaults, arguments = starting_point(words)
 
     def collect(
         job: Annotated[TrainJob, tyro.conf.arg(name="")],
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = PRESETS[preset],
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = defaults,
         cpus: int | None = None,
     ) -> tuple[TrainJob, TrainConfig, int | None]:
-        """Train a model with Ray Train, from the settings of a preset.
+        """Train a model with Ray Train, from the settings of a preset or of an earlier run.
 
         Args:
             job: What to train on, where to keep it, with how many workers.
@@ -335,7 +352,15 @@ def parse_train(preset: str, arguments: Sequence[str]) -> tuple[TrainJob, TrainC
         """
         return job, config, cpus
 
-    return tyro.cli(collect, args=arguments, prog=f"mrcnn train {preset}")
+    return tyro.cli(collect, args=arguments, prog=f"mrcnn train {begin}")
+
+
+def _says_what_to_train(words: Sequence[str]) -> bool:
+    """Whether there is more to parse than `mrcnn train --help` shows."""
+    if words[:1] != ["train"] or len(words) == 1:
+        return False
+    is_help = words[1].startswith("-") and config_uri(words) is None
+    return not is_help and (words[1] not in PRESETS or len(words) > 2)
 
 
 def parse_submit(options: Sequence[str], words: Sequence[str]) -> partial[int]:
@@ -363,11 +388,9 @@ def parse(words: Sequence[str]) -> partial[Any]:
     if words[:1] == ["submit"] and "--" in words:
         cut = words.index("--")
         return parse_submit(words[1:cut], words[cut + 1 :])
-    if words[:1] == ["train"] and len(words) > 1 and not words[1].startswith("-") and words[1] not in PRESETS:
-        raise ValueError(f"{words[1]!r} is no preset: take one of {', '.join(PRESETS)}")
-    if len(words) > 2 - ("--help" in words) and words[0] == "train" and words[1] in PRESETS:
-        job, config, cpus = parse_train(words[1], words[2:])
-        return partial(run_train, job=job, config=config, cpus=cpus)
+    if _says_what_to_train(words):
+        job, settings, cpus = parse_train(words[1:])
+        return partial(run_train, job=job, settings=settings, cpus=cpus, config=config_uri(words))
     commands = {name: _parsed_only(function) for name, function in COMMANDS.items()}
     parsed: partial[Any] = tyro.extras.subcommand_cli_from_dict(
         commands, args=words, prog="mrcnn", description=DESCRIPTION

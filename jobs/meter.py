@@ -52,6 +52,7 @@ class Meter:
         self.total_images, self.total_seconds = self.total_images + images, self.total_seconds + self.seconds
         speed = {
             "perf/images_per_second": images / self.seconds,
+            "perf/step_seconds": self.seconds / len(self.losses),
             "perf/data_wait_share": self.wait_seconds / self.seconds,
         }
         self.losses, self.image_ids, self.seconds, self.wait_seconds = [], [], 0.0, 0.0

@@ -1,4 +1,4 @@
-"""Runs in MLflow: the driver makes one and ends it, rank 0 writes into it through its handle.
+"""Runs in MLflow: the driver makes and describes one; jobs/tracking_log.py writes into it and ends it.
 
 Where they go: `MLFLOW_TRACKING_URI`, or the SQLite file `mlflow.db` in the working directory. A SQLite store
 has its artifacts in `MRCNN_ARTIFACT_ROOT` (a folder or s3://bucket/prefix), or in `mlruns` beside the
@@ -11,23 +11,26 @@ import json
 import logging
 import os
 import re
-import time
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlflow
-import numpy as np
-import pandas as pd
 import torch
-from mlflow.entities import Metric, Param, Run, RunTag
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.telemetry import set_telemetry_client
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+from requests.exceptions import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
+from jobs.redaction import redact
 from jobs.ship import git_commit
 
 TRACKING_URI = "MLFLOW_TRACKING_URI"
@@ -40,22 +43,23 @@ VAL_DIGEST_TAG = "mrcnn.val_digest"
 MEASURES = ("val/mask_AP", "val/keypoint_AP", "val/box_AP")
 """What tells which of two models is better: the first of these that was measured."""
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+CONFIG_ARTIFACT = "config.json"
 
 _SQLITE = "sqlite:///"
-_METRIC_ROOMS = ("train", "val", "perf", "best")
 _PARAM_LENGTH = 6000  # MLflow's bounds: characters of a value, parameters of a batch
 _PARAM_BATCH = 100
-_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-_USERINFO = re.compile(r"""://(?:[^\s/@:"']+:[^\s@"']+|[^\s/@"']+)@""")
+_RETRIES = re.compile(r"HTTPS?ConnectionPool\(.*?\): Max retries exceeded with url: \S+ ")  # before the cause
+_ERRORS = (MlflowException, SQLAlchemyError, ImportError, RequestException, Boto3Error, BotoCoreError, ClientError)
+_DATASET_NAME_LENGTH, _DIGEST_LENGTH = 500, 36  # MLflow's bounds
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # 7 keep a user waiting for minutes on a wrong address
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the summary names the run
 set_telemetry_client()  # again: importing MLflow has looked at the variable already
 
-# The first use of a SQLite store tells of every migration of its tables.
-for _name in ("alembic", "mlflow.store.db.utils"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
+# The first use of a SQLite store tells of every migration of its tables, and urllib3 of every retry.
+for _name in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,18 @@ class RunHandle:
 
     run_id: str
     tracking_uri: str = field(repr=False)  # may have a password in it
+
+
+@dataclass(frozen=True)
+class DatasetOfRun:
+    """Data that a run has used."""
+
+    uri: str
+    digest: str
+    """Of the shards' manifest"""
+    images: int
+    context: str
+    """training or validation"""
 
 
 def tracking_uri() -> str:
@@ -85,14 +101,15 @@ def client() -> mlflow.MlflowClient:
 
 
 @contextmanager
-def readable_errors() -> Iterator[None]:
-    """Turn MLflow's exceptions into a ValueError that says where MLflow was looked for."""
+def readable_errors(uri: str | None = None) -> Iterator[None]:
+    """Turn exceptions of MLflow, and of the place of its artifacts, into a ValueError that says where MLflow was looked
+    for: at `uri`, by default what the variable says."""
     try:
         yield
-    except (MlflowException, SQLAlchemyError, ImportError) as error:
-        where = redact(os.environ.get(TRACKING_URI) or "mlflow.db in the working directory")
+    except _ERRORS as error:
+        where = redact(uri or os.environ.get(TRACKING_URI) or "mlflow.db in the working directory")
         reason = error.message if isinstance(error, MlflowException) else str(error).split("\n")[0]
-        raise ValueError(f"MLflow ({TRACKING_URI}: {where}): {redact(reason)}") from error
+        raise ValueError(f"MLflow ({TRACKING_URI}: {where}): {redact(_RETRIES.sub('', reason))}") from error
 
 
 def create_run(
@@ -105,7 +122,7 @@ def create_run(
     """
     with readable_errors():
         store = client()
-        run = store.create_run(_experiment_id(store, experiment), run_name=name, tags=_clean(tags or {}))
+        run = store.create_run(_experiment_id(store, experiment), run_name=name, tags=clean_tags(tags or {}))
         entries = [Param(key, value) for key, value in flat_params(params).items()]
         for start in range(0, len(entries), _PARAM_BATCH):
             store.log_batch(run.info.run_id, params=entries[start : start + _PARAM_BATCH])
@@ -138,58 +155,22 @@ def find_run(name_or_id: str) -> Run:
     raise ValueError(f"{len(runs)} runs are named {name_or_id!r}, give one's id: {ids}")
 
 
-@contextmanager
-def run_status(handle: RunHandle) -> Iterator[None]:
-    """End a run with the status that fits how the block ends."""
-    logger = RunLogger(handle)
-    try:
-        yield
-    except BaseException as error:
-        try:
-            logger.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        except MlflowException as second:  # what went wrong first matters more
-            error.add_note(f"nor could the run's status be set: {redact(second.message)}")
-        raise
-    with readable_errors():
-        logger.finish("FINISHED")
+def describe_run(handle: RunHandle, config: Mapping[str, Any], datasets: Sequence[DatasetOfRun]) -> None:
+    """Give a run its whole config as the artifact `config.json`, and its data sets as inputs.
+
+    Raises ValueError where MLflow or the place of its artifacts refuses: better now than after days of training.
+    """
+    with readable_errors(handle.tracking_uri):
+        store = mlflow.MlflowClient(handle.tracking_uri)
+        store.log_text(handle.run_id, redact(json.dumps(config, indent=2, sort_keys=True)), CONFIG_ARTIFACT)
+        store.log_inputs(handle.run_id, _inputs(datasets))
 
 
-class RunLogger:
-    """Writes into a run that exists; rank 0 alone has one."""
-
-    def __init__(self, handle: RunHandle) -> None:
-        self.run_id = handle.run_id
-        self._client = mlflow.MlflowClient(handle.tracking_uri)
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers of one step, named train/..., val/..., perf/... or best/..."""
-        assert all(key.split("/")[0] in _METRIC_ROOMS for key in values), sorted(values)
-        now = time.time_ns() // 1_000_000
-        entries = [Metric(key, float(value), now, step) for key, value in values.items()]
-        self._client.log_batch(self.run_id, metrics=entries)
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Set tags, without credentials."""
-        self._client.log_batch(self.run_id, tags=[RunTag(*item) for item in _clean(values).items()])
-
-    def image(self, image: np.ndarray, key: str, step: int) -> None:
-        """An RGB uint8 picture (H, W, 3) for the image grid of the UI; use the same keys at every step."""
-        self._client.log_image(self.run_id, image, key=key, step=step)
-
-    def json(self, data: Mapping[str, Any], artifact_file: str) -> None:
-        """A JSON artifact, e.g. the run's whole config as `config.json`, without credentials."""
-        text = json.dumps(data, indent=2, sort_keys=True)
-        self._client.log_text(self.run_id, redact(text), artifact_file)
-
-    def table(self, columns: Mapping[str, Sequence[Any]], artifact_file: str) -> None:
-        """A table of equally long columns, e.g. AP by category; rows are added to a table that is there."""
-        # dtype object: log_table looks for pictures in text columns, of which pandas 3 warns otherwise
-        frame = pd.DataFrame({key: list(column) for key, column in columns.items()}, dtype=object)
-        self._client.log_table(self.run_id, frame, artifact_file)
-
-    def finish(self, status: Status = "FINISHED") -> None:
-        """End the run. The driver's business: a worker cannot know whether it is retried."""
-        self._client.set_terminated(self.run_id, status)
+def read_artifact(uri: str) -> bytes:
+    """An artifact of a run, by its URI runs:/ID/NAME. Raises ValueError where MLflow does not have it."""
+    with readable_errors(), tempfile.TemporaryDirectory(prefix="mrcnn-") as folder:
+        path = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=tracking_uri())
+        return Path(path).read_bytes()
 
 
 def standard_tags() -> dict[str, str]:
@@ -217,21 +198,34 @@ def flat_params(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def redact(text: str) -> str:
-    """The text without the user and password of URIs and without the values of the usual secret variables."""
-    text = _USERINFO.sub("://", text)
-    for secret in filter(None, map(os.environ.get, _SECRETS)):
-        text = text.replace(secret, "***")
-    return text
-
-
 def _param(value: Any) -> str:
     text = redact(value if isinstance(value, str) else json.dumps(value, default=str))
     return text if len(text) <= _PARAM_LENGTH else text[: _PARAM_LENGTH - 3] + "..."
 
 
-def _clean(tags: Mapping[str, str]) -> dict[str, str]:
+def clean_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags without credentials."""
     return {key: redact(str(value)) for key, value in tags.items()}
+
+
+def _inputs(datasets: Sequence[DatasetOfRun]) -> list[DatasetInput]:
+    """One for each data set: MLflow has no two inputs of one name and digest, so its contexts are in one tag."""
+    contexts: dict[tuple[str, str], list[str]] = {}
+    for each in datasets:
+        contexts.setdefault((each.uri, each.digest), []).append(each.context)
+    return [_input(each, ", ".join(contexts[each.uri, each.digest])) for each in datasets]
+
+
+def _input(dataset: DatasetOfRun, context: str) -> DatasetInput:
+    uri = redact(dataset.uri)
+    entity = Dataset(
+        name=uri[-_DATASET_NAME_LENGTH:],
+        digest=dataset.digest[:_DIGEST_LENGTH],
+        source_type="s3" if uri.startswith("s3://") else "local",
+        source=json.dumps({"uri": uri}),
+        profile=json.dumps({"images": dataset.images, "manifest_digest": dataset.digest}),
+    )
+    return DatasetInput(entity, [InputTag(MLFLOW_DATASET_CONTEXT, context)])
 
 
 def _experiment_id(store: mlflow.MlflowClient, name: str) -> str:

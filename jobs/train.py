@@ -27,6 +27,7 @@ from jobs.config import TrainConfig, TrainJob
 from jobs.evaluate import meanings
 from jobs.registry import resolve_model
 from jobs.schedule import PhaseOfRun, phase_uris, phases_of_run
+from jobs.tracking_log import Unsent, replay, run_status, unsent
 from jobs.worker import OUTCOME_FILE, Outcome, WorkerSettings, train_worker
 from mrcnn.model import MaskRCNN
 from mrcnn.weights import load_weights
@@ -53,6 +54,8 @@ class TrainSummary:
     model_uri: str
     outcome: Outcome
     seconds: float
+    unsent: Unsent | None = None
+    """What MLflow has not got"""
 
     def __str__(self) -> str:
         ap = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in self.outcome.metrics.items())
@@ -60,6 +63,7 @@ class TrainSummary:
             f"trained to step {self.outcome.step} in {self.seconds:.0f} s, "
             f"{self.outcome.images_per_second:.1f} images/s\n"
             f"{ap}\nmodel       {self.model_uri}\nMLflow run  {self.run_id}"
+            + (f"\n{self.unsent}" if self.unsent else "")
         )
 
 
@@ -82,14 +86,14 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
         for phase in phases_of_run(config, run_store.uri)
     ]
     started = time.monotonic()
-    with tracking.run_status(handle):
-        tracking.RunLogger(handle).json(config.to_dict(), "config.json")
+    with run_status(handle, run_store.uri) as end:
+        tracking.describe_run(handle, config.to_dict(), _datasets(data, val_data))
         for settings in phases:
             if not _is_finished(settings.phase):
                 proposals = _propose(settings.phase, data, job.run)
                 outcome = _fit(replace(settings, proposals=proposals), workers=job.workers, use_gpu=use_gpu)
     seconds = time.monotonic() - started
-    return TrainSummary(handle.run_id, run_store.uri_of("model"), outcome, seconds)
+    return TrainSummary(handle.run_id, run_store.uri_of("model"), outcome, seconds, end.unsent)
 
 
 def _is_finished(phase: PhaseOfRun) -> bool:
@@ -172,10 +176,10 @@ def _open_run(
     if store.exists(RUN_FILE):
         if not job.resume:
             raise ValueError(f"{store.uri} has a run already: go on with --resume, or take another --run name")
-        known = _read_run_file(store)
+        known = read_run_file(store)
         if saved:  # without a checkpoint nothing has been learnt that other settings could contradict
             _check_unchanged(store, known, config, digests, saved)
-        handle = tracking.reopen_run(known["run_id"])
+        handle = _reopen_run(known["run_id"], store.uri)
     else:
         if saved:
             raise ValueError(f"{store.uri} has checkpoints but no {RUN_FILE}: take another --run name")
@@ -216,7 +220,25 @@ def _create_run(
     )
 
 
-def _read_run_file(store: Store) -> dict[str, Any]:
+def _reopen_run(run_id: str, run_uri: str) -> tracking.RunHandle:
+    """Go on with a run in MLflow, which first gets what it has missed."""
+    handle = tracking.reopen_run(run_id)
+    if missed := unsent(run_uri, "not tried yet"):
+        print(f"writing to MLflow what it has missed: {missed.counts}", flush=True)
+        replay(handle, run_uri)
+        tracking.reopen_run(run_id)  # how the run had ended may have been among it
+    return handle
+
+
+def _datasets(data: ShardDataset, val_data: ShardDataset) -> list[tracking.DatasetOfRun]:
+    return [
+        tracking.DatasetOfRun(each.uri, each.manifest.digest, len(each), context)
+        for each, context in ((data, "training"), (val_data, "validation"))
+    ]
+
+
+def read_run_file(store: Store) -> dict[str, Any]:
+    """run_id, digests and config from `RUN_FILE` in a run's folder. Raises ValueError if it is damaged."""
     try:
         known = json.loads(store.read_bytes(RUN_FILE))
         return {key: known[key] for key in ("run_id", "digests", "config")}

@@ -19,6 +19,7 @@ from jobs.checkpoint import Checkpoints, Progress
 from jobs.config import TrainConfig
 from jobs.engine import Engine, learning_rate
 from jobs.evaluate import found_kinds, judge_rows, metrics_of
+from jobs.evaluations import Evaluations, ap_metrics
 from jobs.guards import (
     SKIPPED,
     BatchTooLargeError,
@@ -32,9 +33,10 @@ from jobs.guards import (
 from jobs.meter import Meter, progress_line
 from jobs.ranks import all_image_ids, gather, mean_over_ranks, same_on_all_ranks
 from jobs.schedule import PhaseOfRun
-from jobs.tracking import RunHandle, RunLogger
+from jobs.tracking import RunHandle
+from jobs.tracking_log import RunLogger
+from jobs.tracking_system import gpu_memory
 from mrcnn.distributed import train_together
-from mrcnn.evaluation import Metrics
 from mrcnn.model import MaskRCNN
 from mrcnn.structures import Category
 from mrcnn.training_parts import TrainedPart
@@ -86,13 +88,16 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     store = open_store(settings.phase.uri)
     if store.exists(OUTCOME_FILE):  # a worker has given up, and Ray has started others in its place
         return
+    worker = _Worker(settings)
     try:
-        outcome = _Worker(settings).run()
+        outcome = worker.run()
     except NonFiniteLossError as error:  # on all ranks at once; another try would end the same, so do not ask for one
         outcome = Outcome(failure=str(error))
     except BatchTooLargeError as error:  # on one rank, for which the others wait: Ray has to end them
         _write_outcome(store, Outcome(failure=str(error)))
         raise
+    finally:
+        worker.end_log()
     if ray.train.get_context().get_world_rank() == 0:
         _write_outcome(store, outcome)
 
@@ -110,7 +115,7 @@ class _Worker:
         self.settings, self.config, self.phase = settings, settings.config, settings.phase
         self.data, self.val_data = ShardDataset(settings.data), ShardDataset(settings.val_data)
         self.checkpoints = Checkpoints(self.phase.uri)
-        self.logger = RunLogger(settings.run) if self.rank == 0 else None
+        self.logger = RunLogger(settings.run, self.phase.run_uri, machine=True) if self.rank == 0 else None
         device = get_device()
         self.model = initial_model(settings, self.data.categories)
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -201,7 +206,8 @@ class _Worker:
         """Every rank looks at the weights, which are the same, so that all of them stop if they are spoilt."""
         step = self.engine.step
         check_finite_weights(self.model, step)
-        if self.rank == 0:
+        if self.logger:
+            self.logger.keep()  # what is due before a checkpoint is not logged again by those who go on from it
             progress = Progress(step, self.engine.images_seen, self.config.seed, self.data.manifest.digest)
             self.checkpoints.save(self.model, self.engine, progress, keep=self.config.keep_checkpoints)
 
@@ -213,7 +219,8 @@ class _Worker:
             rate = learning_rate(step - 1, self.config)
             self.logger.metrics({f"train/{name}": value for name, value in losses.items()}, self._step_of_run)
             skipped = {"train/skipped_batches": float(self.skipped)} if self.config.skips_allowed else {}
-            self.logger.metrics({**speed, "train/learning_rate": rate, **skipped}, self._step_of_run)
+            perf = {**speed, **gpu_memory(self.engine.device)}
+            self.logger.metrics({**perf, "train/learning_rate": rate, **skipped}, self._step_of_run)
         self._say(progress_line(step, self.config.steps, losses, speed, self.config.global_batch))
 
     def _checked(self, steps: Tensor, image_ids: list[list[int]]) -> dict[str, float]:
@@ -247,9 +254,13 @@ class _Worker:
         rows = gather(judge_rows(self.model, self.val_data, mine), self.rank, self.world_size)
         if self.logger is None:
             return {}
-        metrics = ap_metrics(metrics_of(rows, self.val_data.categories, found_kinds(self.config.model)))
-        self.logger.metrics(metrics, self._step_of_run)
+        found = metrics_of(rows, self.val_data.categories, found_kinds(self.config.model))
+        metrics, evaluations = ap_metrics(found), Evaluations(self.phase.run_uri)
+        evaluations.add(self._step_of_run, found)
+        self.logger.metrics({**metrics, **evaluations.best()}, self._step_of_run)
+        self.logger.table(evaluations.table(), "per_category_AP.json")
         self._log_pictures()
+        self.logger.keep()  # those who go on from a checkpoint of this step do not evaluate it again
         self._say(f"step {self.engine.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         return metrics
 
@@ -260,6 +271,11 @@ class _Worker:
             (found,) = self.model.predict([row.image])
             picture = draw_detections(row.image, found, self.val_data.categories)
             self.logger.image(picture, f"val/image_{i}", self._step_of_run)
+
+    def end_log(self) -> None:
+        """Write the rest of what is logged; the driver writes what cannot be written in a moment."""
+        if self.logger:
+            self.logger.close(patience=2)
 
     def _export(self) -> None:
         if self.rank == 0:
@@ -299,13 +315,3 @@ def read_model(uri: str) -> MaskRCNN:
     """A model from its folder in any store."""
     store = open_store(uri)
     return model_from_files({name: store.read_bytes(name) for name in (WEIGHTS_FILE, CONFIG_FILE)}, uri)
-
-
-def ap_metrics(found: Metrics) -> dict[str, float]:
-    """The metrics that are compared between runs, of what the model finds."""
-    logged = {
-        "mask": (found.mask, ("AP", "AP50", "AP75")),
-        "keypoint": (found.keypoints, ("AP", "AP50")),
-        "box": (found.box, ("AP", "AP50")),
-    }
-    return {f"val/{kind}_{name}": all_[name] for kind, (all_, names) in logged.items() if all_ for name in names}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow_server import Gate, gate_before, local_mlflow
 
 from jobs.cluster import ray_session
 from jobs.local_s3 import local_s3, make_bucket
@@ -46,7 +47,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @cache
 def starts_servers(file: str) -> bool:
     """Whether a test file speaks of what may start a server: a fixture of this file, or a process of its own."""
-    servers = r"\b(ray_cluster|ray_session|toy_shards|s3|subprocess)\b"
+    servers = r"\b(ray_cluster|ray_session|toy_shards|s3|mlflow_server|subprocess)\b"
     return bool(re.search(servers, (REPOSITORY / file).read_text()))
 
 
@@ -74,6 +75,20 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db")
         yield
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Port of a real MLflow server of this session."""
+    with local_mlflow(tmp_path_factory.mktemp("mlflow-server")) as port:
+        yield port
+
+
+@pytest.fixture
+def gate(mlflow_server: int) -> Iterator[Gate]:
+    """The way to the MLflow server."""
+    with gate_before(mlflow_server) as gate:
+        yield gate
 
 
 @pytest.fixture(scope="session")

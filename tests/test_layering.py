@@ -11,7 +11,8 @@ FORBIDDEN = {
     "pipelines": {"mlflow", "tyro", "jobs"},
     "jobs": set(),
 }
-ONLY_IN = {"mlflow": {"tracking.py", "registry.py", "pyfunc_model.py"}, "tyro": {"cli.py"}}
+TRACKING = {"tracking.py", "tracking_log.py", "tracking_system.py"}
+ONLY_IN = {"mlflow": {*TRACKING, "registry.py", "pyfunc_model.py"}, "tyro": {"cli.py"}}
 
 
 def imported_packages(file: Path) -> set[str]:

@@ -19,6 +19,7 @@ from pycocotools import mask as coco_mask
 
 from jobs import tracking
 from jobs.registry import promote, register, resolve_model
+from jobs.tracking_log import RunLogger
 from mrcnn import KeypointConfig, MaskConfig, MaskRCNN, save_model
 from mrcnn.weights import model_from_files
 
@@ -58,10 +59,17 @@ def versions(folder: Path) -> dict[str, int]:
 def make_run(name: str, folder: Path, mask_ap: float | None, digest: str) -> str:
     tags = {tracking.MODEL_URI_TAG: str(folder), tracking.VAL_DIGEST_TAG: digest, "mrcnn.torch": "2"}
     handle = tracking.create_run(experiment="shapes", name=name, params={"steps": 4}, tags=tags)
-    if mask_ap is not None:
-        tracking.RunLogger(handle).metrics({"val/mask_AP": mask_ap, "val/box_AP": mask_ap + 0.1}, step=4)
-    tracking.RunLogger(handle).finish()
+    metrics = {} if mask_ap is None else {"val/mask_AP": mask_ap, "val/box_AP": mask_ap + 0.1}
+    finish_run(handle, folder.parent, metrics)
     return handle.run_id
+
+
+def finish_run(handle: tracking.RunHandle, folder: Path, metrics: dict[str, float]) -> None:
+    logger = RunLogger(handle, str(folder / "runs" / handle.run_id))
+    logger.metrics(metrics, step=4)
+    logger.finish()
+    logger.close()
+    assert logger.unsent() is None
 
 
 def alias(name: str) -> str:
@@ -174,8 +182,7 @@ def test_models_without_masks_compare_by_keypoints_or_boxes(tmp_path: Path) -> N
     for run, metrics in measured.items():
         tags = {tracking.MODEL_URI_TAG: str(tmp_path), tracking.VAL_DIGEST_TAG: "d"}
         handle = tracking.create_run(experiment="dots", name=run, params={}, tags=tags)
-        tracking.RunLogger(handle).metrics(metrics, step=1)
-        tracking.RunLogger(handle).finish()
+        finish_run(handle, tmp_path, metrics)
         versions[run] = register(run, name)
     promote(name, versions["boxes"])
     with pytest.raises(ValueError, match=r"has box AP 0\.4000, the champion, version 1, has 0\.5000"):

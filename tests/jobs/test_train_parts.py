@@ -109,8 +109,8 @@ def test_phases_have_their_own_folders_and_steps() -> None:
 
 def test_the_command_line_has_the_ways() -> None:
     words = ["--data", "d", "--val-data", "v", "--storage", "s", "--run", "r"]
-    assert parse_train("toy", words)[1].rpn == "joint"
-    assert parse_train("toy", [*words, "--rpn", "four_step"])[1].rpn == "four_step"
+    assert parse_train(["toy", *words])[1].rpn == "joint"
+    assert parse_train(["toy", *words, "--rpn", "four_step"])[1].rpn == "four_step"
 
 
 def test_features_of_its_own_are_for_a_separate_rpn() -> None:
