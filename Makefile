@@ -10,8 +10,9 @@ KERNELS := setup.py $(wildcard mrcnn/ops/csrc/*.* mrcnn/ops/csrc/*/*.*)
 demo: setup
 	$(VENV)/bin/mrcnn demo
 
+# one thread each: processes that share cores wait for each other's threads else
 test: check
-	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --durations 25
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --durations 25
 
 check: setup
 	$(VENV)/bin/ruff check
