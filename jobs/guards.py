@@ -13,15 +13,11 @@ from mrcnn.structures import ImageBatch, Targets
 SKIPPED = "skipped"
 
 
-class GivenUpError(RuntimeError):
-    """Another try would end the same."""
-
-
-class NonFiniteLossError(GivenUpError):
+class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite: training on would only spoil the weights."""
 
 
-class BatchTooLargeError(GivenUpError):
+class BatchTooLargeError(RuntimeError):
     """The device's memory does not hold what a batch needs."""
 
 

@@ -16,6 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipelines.local_files import open_to_write
+
 BLOCK = 1024 * 1024  # bytes; a multiple of what disks and memory are aligned to
 BLOCKS = 8  # of a file in memory, at most
 NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # what file systems say that have a cache only
@@ -78,14 +80,12 @@ def _block() -> mmap.mmap:
 
 
 def _open(path: Path) -> int:
-    # not truncated: when a file that was is closed, ext4 (auto_da_alloc) at once writes what the cache has of it
-    flags = os.O_WRONLY | os.O_CREAT
     try:
-        return os.open(path, flags | O_DIRECT, 0o666)
+        return open_to_write(path, O_DIRECT)
     except OSError as error:
         if error.errno not in NOT_DIRECT:
             raise
-        return os.open(path, flags, 0o666)
+        return open_to_write(path)
 
 
 def _write_all(file: int, block: mmap.mmap, offset: int) -> mmap.mmap:

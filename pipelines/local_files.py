@@ -25,6 +25,12 @@ def nameless_file() -> Iterator[Path]:
         yield Path(f"/proc/self/fd/{file.fileno()}")
 
 
+def open_to_write(path: Path, flags: int = 0) -> int:
+    """Descriptor of a new or empty file, which is not truncated: when a file that was is closed, ext4 (auto_da_alloc)
+    at once writes what the cache has of it."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o666)
+
+
 def held_part(target: Path) -> tuple[Path, BinaryIO]:
     """A new part of a file, open and locked."""
     while True:

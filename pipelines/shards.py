@@ -6,6 +6,7 @@ Bodies are uncompressed: from a memory map, raw pixels are used where they lie.
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
@@ -18,6 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipelines.direct_file import DirectFile
+from pipelines.local_files import open_to_write
 from pipelines.manifest import ShardInfo
 from pipelines.schema import SHARD
 from pipelines.storage import Store
@@ -39,7 +41,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, schema: pa.Schema = SHARD, *, direct: bool = False) -> None:
         self._schema = schema
-        self._file = _CheckedFile(DirectFile(path) if direct else path.open("wb"))
+        self._file = _CheckedFile(DirectFile(path) if direct else os.fdopen(open_to_write(path), "wb"))
         # a row is some forty writes, all of them small but that of the pixels, which passes by the buffer
         self._sink = pa.BufferedOutputStream(pa.PythonFile(self._file, mode="w"), SMALL_WRITES)
         self._writer = pa.ipc.new_file(self._sink, schema)

@@ -98,3 +98,12 @@ def test_an_unknown_preset_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
 def test_what_does_not_exist_is_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     code, _, _ = run(capsys, *words)
     assert code == 2
+
+
+def test_a_folder_without_shards_is_told_before_ray_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.cluster.ray_session", pytest.fail)
+    code, _, err = run(capsys, "verify-data", str(tmp_path))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert str(tmp_path) in err
