@@ -385,6 +385,7 @@ def parse(words: Sequence[str]) -> partial[Any]:
 
     Raises ValueError for an unknown preset; for all else that is wrong tyro prints what, and raises SystemExit.
     """
+    words = list(words)
     if words[:1] == ["submit"] and "--" in words:
         cut = words.index("--")
         return parse_submit(words[1:cut], words[cut + 1 :])
