@@ -2,8 +2,8 @@
 own way with Pillow, on the same images.
 
 What is timed in this process takes turns, in CPU seconds: what else the machine does then hardly counts. The pipelines
-run as they do for a user, on so many CPUs, twice: with the images once and several times over. The time between the
-two is that of the further images, without the start of Ray's workers.
+run as they do for a user, on so many CPUs, twice: with enough images that all CPUs have work, and with more. The time
+between the two is that of the further images, without the start of Ray's workers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import PIL
+import psutil
 import ray.data
 import simplejpeg
 import torch
@@ -33,7 +35,7 @@ from PIL import Image
 from jobs.benchmark import machine_of
 from jobs.cluster import ray_session
 from mrcnn.preprocess import resize_image, resized_size
-from pipelines.build import build, prepare
+from pipelines.build import PreparedBuild, build, prepare
 from pipelines.config import BuildConfig, Encoding
 from pipelines.shard_task import make_shard
 from pipelines.transforms import decode, use_one_thread
@@ -41,7 +43,9 @@ from pipelines.transforms import decode, use_one_thread
 SHORTER, LONGER = 800, 1333
 MADE = 48  # images, where no folder is given
 MOST = 256  # images that are taken from a folder
-COPIES = 24  # of them in the long run of a pipeline
+COPIES = 24  # of them that the long run of a pipeline has more than the short one
+ROWS = 128  # of a shard
+SHORT_SHARDS = 2  # of the short run, for each CPU
 SAMPLE_SECONDS = 0.1
 ENCODINGS: tuple[Encoding, ...] = ("raw", "jpeg")
 
@@ -107,10 +111,11 @@ def run_data_benchmark(
     with tempfile.TemporaryDirectory(prefix="mrcnn-benchmark-") as name:
         folder = Path(name)
         files = _files(images) if images is not None else made_jpegs(folder / "made", MADE)
-        once, often = _copied(files, folder / "once", 1), _copied(files, folder / "often", copies + 1)
-        rates = _single(files, once, folder, repeats)
+        once, few = _copied(files, folder / "once", 1), -(-SHORT_SHARDS * cpus * ROWS // len(files))
+        short, long = _copied(files, folder / "short", few), _copied(files, folder / "long", few + copies)
+        rates = _single(files, short, folder, repeats)
         with ray_session(cpus):
-            rates += _pipelines(once, often, folder, cpus=cpus, further=copies * len(files))
+            rates += _pipelines(short, long, folder, cpus=cpus, further=copies * len(files))
             sizes = {f"stored as {encoding}": _stored(once, folder / encoding, encoding) for encoding in ENCODINGS}
         sizes = {"as they come": statistics.mean(file.stat().st_size for file in files)} | sizes
     machine = machine_of(torch.device("cpu"), cpus) | {"Pillow": PIL.__version__, "OpenCV": cv2.__version__}
@@ -164,31 +169,32 @@ def _copied(files: Sequence[Path], folder: Path, times: int) -> Path:
     return folder
 
 
-def _single(files: Sequence[Path], once: Path, folder: Path, repeats: int) -> list[Rate]:
+def _single(files: Sequence[Path], copied: Path, folder: Path, repeats: int) -> list[Rate]:
     """In this process, in turns: Pillow, decode and resize, bare calls, a task that stores raw or JPEG."""
     data, out = [file.read_bytes() for file in files], folder / "task"
-    ways: dict[str, Callable[[], None]] = {
+    ways: dict[str, Callable[[], int]] = {
         PILLOW: lambda: _each(_with_pillow, data),
         OURS: lambda: _each(_ours, data),
         BARE: lambda: _each(_bare, data),
         BARE_FILE: lambda: _bare_to_file(data, out),
-        "a task: read to shard, raw": lambda: _task(once, out, "raw"),
-        "a task: read to shard, jpeg": lambda: _task(once, out, "jpeg"),
     }
-    seconds: dict[str, list[float]] = {what: [] for what in ways}
+    for encoding in ENCODINGS:
+        ways[f"a task: read to shard, {encoding}"] = partial(_task, prepare(_config(copied, out / encoding, encoding)))
+    rates: dict[str, list[float]] = {what: [] for what in ways}
     for i in range(repeats + 1):
         for what, run in ways.items():
             start = time.process_time()
-            run()
+            images = run()
             if i > 0:  # the first warms up
-                seconds[what].append(time.process_time() - start)
+                rates[what].append(images / (time.process_time() - start))
             shutil.rmtree(out, ignore_errors=True)
-    return [Rate(what, len(data) / statistics.median(each)) for what, each in seconds.items()]
+    return [Rate(what, statistics.median(each)) for what, each in rates.items()]
 
 
-def _each(function: Callable[[bytes], object], data: Sequence[bytes]) -> None:
+def _each(function: Callable[[bytes], object], data: Sequence[bytes]) -> int:
     for one in data:
         function(one)
+    return len(data)
 
 
 def _size(image: Any) -> tuple[int, int]:
@@ -214,15 +220,16 @@ def _bare(data: bytes) -> Any:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def _bare_to_file(data: Sequence[bytes], out: Path) -> None:
+def _bare_to_file(data: Sequence[bytes], out: Path) -> int:
     """As plain files are written; what the cache has yet to write to the disk afterwards is not counted."""
     out.mkdir()
     with open(out / "file", "wb", buffering=0) as file:
         for one in data:
             file.write(_bare(one))
+    return len(data)
 
 
-def _config(images: Path, out: Path, encoding: Encoding, rows: int = 128) -> BuildConfig:
+def _config(images: Path, out: Path, encoding: Encoding) -> BuildConfig:
     return BuildConfig(
         images=str(images),
         out=str(out),
@@ -230,17 +237,17 @@ def _config(images: Path, out: Path, encoding: Encoding, rows: int = 128) -> Bui
         shorter_side=SHORTER,
         longer_side=LONGER,
         encoding=encoding,
-        rows_per_shard=rows,
+        rows_per_shard=ROWS,
     )
 
 
-def _task(images: Path, out: Path, encoding: Encoding) -> None:
-    """All images as one shard."""
-    prepared = prepare(_config(images, out, encoding, rows=MOST))
-    for name, records in prepared.shards.items():
-        content = json.dumps([record.to_dict() for record in records])
-        row = make_shard({"name": name, "records": content, "scales": "[0]"}, prepared.settings)
-        assert not row["failure"], row["message"]
+def _task(prepared: PreparedBuild) -> int:
+    """The first shard of a build. Returns its images."""
+    name, records = next(iter(prepared.shards.items()))
+    content = json.dumps([record.to_dict() for record in records])
+    row = make_shard({"name": name, "records": content, "scales": "[0]"}, prepared.settings)
+    assert not row["failure"], row["message"]
+    return len(records)
 
 
 def _pipelines(once: Path, often: Path, folder: Path, *, cpus: int, further: int) -> list[Rate]:
@@ -309,37 +316,19 @@ def _peak_of_workers() -> Iterator[list[float]]:
 
 
 def _memory_of_workers() -> float:
-    """Bytes of this process's Ray workers, without what processes share, such as Ray's object store. Linux only."""
-    total = 0.0
-    for process in _family():
-        with suppress(OSError):  # it has just ended
-            lines = dict(line.split(":\t", 1) for line in Path(process, "status").read_text().splitlines())
-            if lines["Name"].startswith("ray::"):
-                total += 1024.0 * int(lines.get("RssAnon", "0 kB").split()[0])
-    return total
+    """Bytes of this process's Ray workers, without what processes share, such as Ray's object store."""
+    return float(sum(_of_each(lambda worker: worker.memory_full_info().uss, name="ray::")))
 
 
 def _cpu_seconds() -> float:
-    """CPU time of this process and of those below it. Linux only."""
-    ticks = 0
-    for process in _family():
-        with suppress(OSError):
-            user, system = Path(process, "stat").read_text().rpartition(")")[2].split()[11:13]
-            ticks += int(user) + int(system)
-    return ticks / os.sysconf("SC_CLK_TCK")
+    """CPU time of this process and of those below it."""
+    return sum(_of_each(lambda process: sum(process.cpu_times()[:2])))
 
 
-def _family() -> list[Path]:
-    """Folders in /proc of this process and of all below it."""
-    parents: dict[str, str] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parents[stat.parent.name] = stat.read_text().rpartition(")")[2].split()[1]
-    own = str(os.getpid())
-    return [Path("/proc", process) for process in parents if own in _line(process, parents)]
-
-
-def _line(process: str, parents: dict[str, str]) -> Iterator[str]:
-    while process in parents:
-        yield process
-        process = parents[process]
+def _of_each(read: Callable[[psutil.Process], float], name: str = "") -> Iterator[float]:
+    """A number of this process and of each below it, of those whose names begin so."""
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if process.name().startswith(name):
+                yield read(process)

@@ -31,6 +31,7 @@ def folder(tmp_path: Path) -> Path:
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_data, "SHORTER", 64)
     monkeypatch.setattr(benchmark_data, "LONGER", 96)
+    monkeypatch.setattr(benchmark_data, "ROWS", 4)
 
 
 def test_all_sides_do_the_same_work(folder: Path) -> None:
