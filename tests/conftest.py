@@ -33,22 +33,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One process runs all files that may need a Ray or an S3 server, of which there is one of each; others run the
-    rest beside it."""
+    """One process runs all files that may start a Ray, of which there is one at a time; others run the rest beside it,
+    with other servers of their own."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "cluster" if starts_servers(nodeid.split("::")[0]) else nodeid
+            file = nodeid.split("::")[0]
+            return "cluster" if starts_ray(file) else file if has_servers(file) else nodeid
 
     return Scheduling(config, log)
 
 
 @cache
-def starts_servers(file: str) -> bool:
-    """Whether a test file speaks of what may start a server: a fixture of this file, or a process of its own."""
-    servers = r"\b(ray_cluster|ray_session|toy_shards|s3|mlflow_server|subprocess)\b"
-    return bool(re.search(servers, (REPOSITORY / file).read_text()))
+def starts_ray(file: str) -> bool:
+    """Whether a test file speaks of what may start a Ray: a fixture, or a command in a process of its own."""
+    return _speaks_of(file, r'\b(ray_cluster|ray_session|ray_nodes|toy_shards|cli_process)\b|"jobs\.cli"')
+
+
+@cache
+def has_servers(file: str) -> bool:
+    """Whether a test file uses a server that is started once in each process."""
+    return _speaks_of(file, r"\b(s3|mlflow_server|gate)\b")
+
+
+def _speaks_of(file: str, words: str) -> bool:
+    return bool(re.search(words, (REPOSITORY / file).read_text()))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
