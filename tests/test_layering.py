@@ -1,6 +1,8 @@
 """Which room may import what: the arrows of the design, held by a test."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,18 @@ def test_imports_point_one_way(room: str) -> None:
 
 def test_infra_has_no_python() -> None:
     assert not list((ROOT / "infra").rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", ["mrcnn", "jobs.config", "jobs.presets"])
+def test_settings_do_not_wait_for_pytorch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'ray', 'mlflow'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_what_mrcnn_exports_is_there() -> None:
+    import mrcnn
+
+    assert all(getattr(mrcnn, name).__name__ == name for name in mrcnn.__all__)
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = mrcnn.no_such  # type: ignore[attr-defined]
