@@ -14,7 +14,8 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 
 from jobs import ship, submit
 from jobs.cli import COMMANDS, main, parse
-from jobs.job_client import ClusterSize, api_server, exit_code
+from jobs.cluster import ClusterSize
+from jobs.job_client import api_server, exit_code
 from jobs.job_commands import Submission
 
 TRAIN = ("train", "toy", "--data", "s3://b/d", "--val-data", "s3://b/v", "--storage", "s3://b/r", "--run", "r")

@@ -38,7 +38,7 @@ CONFIG = TrainConfig(
 
 @pytest.fixture
 def job(toy_shards: str, tmp_path: Path) -> TrainJob:
-    return TrainJob(data=toy_shards, val_data=toy_shards, storage=str(tmp_path), run="disturbed", workers=2)
+    return TrainJob(data=toy_shards, val_data=toy_shards, storage=str(tmp_path), run="disturbed", workers="2")
 
 
 def weights(run: Path) -> dict[str, bytes]:
@@ -86,7 +86,7 @@ def test_memory_that_is_short_is_told_at_once(job: TrainJob, tmp_path: Path) -> 
     config = replace(CONFIG, model=replace(SMALL, mask=replace(SMALL.mask, pool=4000, norm="none")))
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"memory is too short for the batch of step 1: images .* pixels"):
-        train(replace(job, run="large", workers=1), config)
+        train(replace(job, run="large", workers="1"), config)
     assert tracking.find_run("large").info.status == "FAILED"
     assert Checkpoints(str(tmp_path / "large")).steps() == []
     assert time.monotonic() - started < 120
