@@ -170,6 +170,7 @@ def _folder(step: int) -> str:
 
 
 def _write(folder: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
+    folder.remove_leftovers()  # of a writer that was killed here
     if folder.exists(MANIFEST_FILE):  # of a run that went on from an earlier one; while it is replaced, it is none
         folder.remove(MANIFEST_FILE)
     for name, data in files.items():

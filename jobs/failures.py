@@ -10,11 +10,15 @@ from ray.train import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from jobs.checkpoint import Checkpoints
-from jobs.guards import GivenUpError
+from jobs.guards import BatchTooLargeError, NonFiniteLossError
 from pipelines.storage_errors import UnreachableError
 
 MAX_FAILURES = 3  # one after the other without a new checkpoint
 PLAIN = (FileNotFoundError, PermissionError, ValueError)  # what a user can cause: data, settings, a full disk
+
+
+class GivenUpError(RuntimeError):
+    """Another try would end the same."""
 
 
 class EndOfTries(UserCallback):
@@ -51,7 +55,7 @@ class EndOfTries(UserCallback):
 def final_error(failures: Mapping[int, Exception]) -> Exception | None:
     """The error that the next try would meet again, if one of these is such."""
     for error in failures.values():
-        if isinstance(error, GivenUpError):
+        if isinstance(error, (BatchTooLargeError, NonFiniteLossError)):
             return GivenUpError(str(error))
         if isinstance(error, UnreachableError):
             continue

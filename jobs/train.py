@@ -34,6 +34,7 @@ from mrcnn.model import MaskRCNN
 from mrcnn.weights import load_weights
 from pipelines.dataset import ShardDataset
 from pipelines.order import step_parts
+from pipelines.patience import patiently
 from pipelines.propose import write_proposals
 from pipelines.storage import Store, open_store
 from pipelines.storage_errors import UnreachableError
@@ -295,8 +296,8 @@ def _fit(settings: WorkerSettings, scaling: ScalingConfig) -> Outcome:
     # Ray keeps its own small notes under a name of this attempt: ours is the state that training resumes from, so
     # neither a finished attempt nor another version of Ray stands in the way.
     store = open_store(settings.phase.uri)
-    if store.exists(OUTCOME_FILE):
-        store.remove(OUTCOME_FILE)
+    if patiently(lambda: store.exists(OUTCOME_FILE)):
+        patiently(lambda: store.remove(OUTCOME_FILE))
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     trainer = TorchTrainer(
         train_worker,
@@ -314,7 +315,7 @@ def _fit(settings: WorkerSettings, scaling: ScalingConfig) -> Outcome:
         trainer.fit()
     except TrainingFailedError as error:
         raise plain_error(error, _newest_checkpoint(settings.phase)) from error
-    return _read_outcome(store)
+    return patiently(lambda: _read_outcome(store))
 
 
 def _read_outcome(store: Store) -> Outcome:
