@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 CONNECT_SECONDS = 5
+LOCAL = (None, "local")  # values of RAY_ADDRESS with which a Ray is started here
 
 # Where buckets and MLflow are, and how long to wait, for workers on other machines. No credential is among them: Ray
 # writes a runtime_env into its logs in clear. Those have to be in the nodes' own environment.
@@ -44,7 +47,7 @@ def ray_session(cpus: int | None = None) -> Iterator[None]:
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # workers' lines in a log file
     address = os.environ.get("RAY_ADDRESS")
-    if address in (None, "local"):
+    if address in LOCAL:
         _authenticate_locally()
     import ray
 
@@ -63,7 +66,7 @@ def _connect(address: str | None, cpus: int | None) -> None:
     import ray
 
     common: dict[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
-    if address in (None, "local"):
+    if address in LOCAL:
         ray.init(address="local", num_cpus=cpus, include_dashboard=True, dashboard_host="127.0.0.1", **common)
         return
     _check_reachable(address)
@@ -115,3 +118,45 @@ def _quiet_progress() -> None:
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that the bars are off
+
+
+@dataclass(frozen=True)
+class ClusterSize:
+    """What a cluster has: resources of its living nodes, and whether it may get more of them."""
+
+    nodes: tuple[Mapping[str, float], ...]
+    may_grow: bool
+
+    def total(self, resource: str) -> int:
+        """How many workers with one each would fit into all nodes."""
+        return sum(int(node.get(resource, 0)) for node in self.nodes)
+
+    def fits_a_node(self, wanted: Mapping[str, float]) -> bool:
+        return any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in self.nodes)
+
+    def __str__(self) -> str:
+        return f"{self.total('CPU')} CPUs and {self.total('GPU')} GPUs on {len(self.nodes)} nodes"
+
+
+def cluster_size() -> ClusterSize:
+    """Of the cluster that this process has joined."""
+    import ray
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get  # what Ray's own /api/cluster_status reads
+
+    nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
+    if os.environ.get("RAY_ADDRESS") in LOCAL:  # one that was started here, perhaps a moment ago
+        return ClusterSize(nodes, may_grow=False)
+    status = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    return ClusterSize(nodes, may_grow=may_grow(status.get("autoscaler_report")))
+
+
+def may_grow(autoscaler_report: Mapping[str, Any] | None) -> bool:
+    """Whether a cluster may get nodes, from what its monitor reports.
+
+    Without an autoscaler Ray's monitor reports each node as a kind of its own, "node_ID". All else, no report included
+    (the second version of the autoscaler writes none), may be a cluster that grows.
+    """
+    report = autoscaler_report or {}
+    kinds = report.get("nodeTypeMapping") or dict(report.get("node_type_mapping") or ())
+    return not kinds or any(kind != f"node_{node}" for node, kind in kinds.items())

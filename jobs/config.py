@@ -14,6 +14,32 @@ RPNTraining = Literal["joint", "separate", "four_step"]
 
 
 @dataclass(frozen=True)
+class WorkerRange:
+    """How many workers a training may have. With more than one possible number it is elastic."""
+
+    fewest: int
+    most: int
+
+    @classmethod
+    def parse(cls, text: str) -> WorkerRange:
+        """Of "4", or of "1:4". Raises ValueError for anything else."""
+        found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+        fewest, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        require(
+            1 <= fewest <= most,
+            "workers",
+            text,
+            "a number of at least 1, or FEWEST:MOST",
+            "4 is four processes, 1:4 as many as the cluster has room for",
+        )
+        return cls(fewest, most)
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.fewest < self.most
+
+
+@dataclass(frozen=True)
 class TrainJob:
     """What to train on, where to keep it, with how many workers."""
 
@@ -25,8 +51,13 @@ class TrainJob:
     """Folder of all runs; checkpoints and the model go to STORAGE/RUN."""
     run: str
     """Name of the run, new unless it is resumed."""
-    workers: int = 1
-    """Processes that train together (DDP), one a GPU where there are GPUs, else one a CPU."""
+    workers: str = "1"
+    """Processes that train together (DDP), one a GPU where there are GPUs, else one a CPU; or FEWEST:MOST, as 1:4: as
+    many as there are nodes for, when it begins, after nodes were lost, and when nodes have come. The global batch and
+    the learning rate stay."""
+    resize_every: float = 600.0
+    """Seconds between two looks for room for more workers, with FEWEST:MOST. Who finds it goes on from the newest
+    checkpoint: what was done since is done again."""
     resume: bool = False
     """Go on with a run from its newest checkpoint."""
     weights: str | None = None
@@ -36,7 +67,8 @@ class TrainJob:
     """MLflow experiment; one for each data set keeps runs comparable."""
 
     def __post_init__(self) -> None:
-        require(self.workers >= 1, "workers", self.workers, "at least 1", "give the number of processes")
+        WorkerRange.parse(self.workers)
+        require(self.resize_every > 0, "resize_every", self.resize_every, "positive", "600 is ten minutes")
         require(
             bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run)),
             "run",
@@ -44,6 +76,11 @@ class TrainJob:
             "letters, digits, '.', '_' and '-'",
             "it names a folder",
         )
+
+    @property
+    def worker_range(self) -> WorkerRange:
+        """`workers`, as numbers."""
+        return WorkerRange.parse(self.workers)
 
 
 @dataclass(frozen=True)

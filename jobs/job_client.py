@@ -9,8 +9,6 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,7 +16,7 @@ import requests
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from jobs.cluster import CONNECT_SECONDS
+from jobs.cluster import CONNECT_SECONDS, ClusterSize, may_grow
 from jobs.ship import secret_in
 
 FIRST_ANSWER_SECONDS = 10.0
@@ -88,24 +86,6 @@ def _ask_cluster(name: str, address: str) -> str:
         raise ValueError(f"no Ray cluster at {name} {address} ({reason}): give http://HOST:8265") from None
 
 
-@dataclass(frozen=True)
-class ClusterSize:
-    """What a cluster has: resources of its living nodes, and whether it may get more of them."""
-
-    nodes: tuple[Mapping[str, float], ...]
-    may_grow: bool
-
-    def total(self, resource: str) -> int:
-        """How many workers with one each would fit into all nodes."""
-        return sum(int(node.get(resource, 0)) for node in self.nodes)
-
-    def fits_a_node(self, wanted: Mapping[str, float]) -> bool:
-        return any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in self.nodes)
-
-    def __str__(self) -> str:
-        return f"{self.total('CPU')} CPUs and {self.total('GPU')} GPUs on {len(self.nodes)} nodes"
-
-
 class JobClient(JobSubmissionClient):
     """Ray's own client, with time limits, and with new attempts for ten minutes when a connection is lost.
 
@@ -160,11 +140,8 @@ class JobClient(JobSubmissionClient):
         """Resources of the living nodes."""
         answer = self._get("/api/v0/nodes?limit=10000&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE")
         status = self._get("/api/cluster_status")["clusterStatus"] or {}
-        # Without an autoscaler Ray's monitor reports each node as a kind of its own, "node_ID". All else, no report
-        # included (the second version of the autoscaler writes none), may be a cluster that grows.
-        kinds = (status.get("autoscalerReport") or {}).get("nodeTypeMapping") or {}
-        is_fixed = bool(kinds) and all(kind == f"node_{node}" for node, kind in kinds.items())
-        return ClusterSize(tuple(node["resources_total"] for node in answer["result"]["result"]), not is_fixed)
+        nodes = tuple(node["resources_total"] for node in answer["result"]["result"])
+        return ClusterSize(nodes, may_grow=may_grow(status.get("autoscalerReport")))
 
     def _get(self, endpoint: str) -> dict[str, Any]:
         answer = self._do_request("GET", endpoint)

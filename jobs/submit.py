@@ -17,7 +17,9 @@ from typing import Any
 
 from ray.job_submission import JobDetails, JobStatus, JobType
 
-from jobs.job_client import POLL_SECONDS, ClusterSize, Follower, JobClient, exit_code, note
+from jobs.cluster import ClusterSize
+from jobs.config import WorkerRange
+from jobs.job_client import POLL_SECONDS, Follower, JobClient, exit_code, note
 from jobs.job_commands import Submission
 from jobs.ship import (
     ROOT,
@@ -82,11 +84,11 @@ def _missing(size: ClusterSize, submission: Submission, settings: Mapping[str, A
         missing.append(
             f"no node has {', '.join(f'{amount:g} {name}' for name, amount in needs.items())} for the driver"
         )
-    workers = int(str(settings.get("workers", 0)).partition(":")[0])
+    workers = WorkerRange.parse(settings["workers"]).fewest if "workers" in settings else 0
     for kind in ("GPU", "CPU"):
         has = size.total(kind)
         if workers > has and (kind == "CPU" or has):  # without any GPU, workers are on CPUs
-            missing.append(f"--workers {workers} needs {workers} {kind}s")
+            missing.append(f"--workers {settings['workers']} needs {workers} {kind}s")
     cpus = settings.get("cpus")
     if cpus is not None and cpus > size.total("CPU"):
         missing.append(f"--cpus {cpus} needs {cpus} CPUs")

@@ -16,15 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from jobs import tracking
 from jobs.checkpoint import Checkpoints
-from jobs.config import TrainConfig, TrainJob
+from jobs.cluster import cluster_size
+from jobs.config import TrainConfig, TrainJob, WorkerRange
 from jobs.evaluate import meanings
+from jobs.failures import EndOfTries, plain_error
 from jobs.registry import resolve_model
 from jobs.schedule import PhaseOfRun, phase_uris, phases_of_run
 from jobs.tracking_log import Unsent, replay, run_status, unsent
@@ -33,11 +34,12 @@ from mrcnn.model import MaskRCNN
 from mrcnn.weights import load_weights
 from pipelines.dataset import ShardDataset
 from pipelines.order import step_parts
+from pipelines.patience import patiently
 from pipelines.propose import write_proposals
 from pipelines.storage import Store, open_store
+from pipelines.storage_errors import UnreachableError
 
 RUN_FILE = "run.json"
-MAX_FAILURES = 3  # restarts of the workers before the run is given up
 
 # What may differ when a run goes on, beside optimizer.*: neither the model nor the order of images hangs on it.
 MAY_CHANGE = {
@@ -76,9 +78,9 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     """
     data, val_data = ShardDataset(job.data), ShardDataset(job.val_data)
     config = _fit_to_data(config, data, val_data)
-    step_parts(config.global_batch, rank=0, world_size=job.workers, images_at_once=config.images_at_once)
+    _check_shares(config, job.worker_range)
     weights = _check_weights(job.weights, config, data)
-    use_gpu = _check_cluster(job.workers)
+    use_gpu = _check_cluster(job)
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
     phases = [
@@ -91,7 +93,7 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
         for settings in phases:
             if not _is_finished(settings.phase):
                 proposals = _propose(settings.phase, data, job.run)
-                outcome = _fit(replace(settings, proposals=proposals), workers=job.workers, use_gpu=use_gpu)
+                outcome = _fit(replace(settings, proposals=proposals), _scaling(job, use_gpu))
     seconds = time.monotonic() - started
     return TrainSummary(handle.run_id, run_store.uri_of("model"), outcome, seconds, end.unsent)
 
@@ -102,7 +104,7 @@ def _is_finished(phase: PhaseOfRun) -> bool:
     if phase.is_last or not store.exists(OUTCOME_FILE):
         return False
     outcome = _read_outcome(store)
-    return outcome.failure is None and outcome.step == phase.first_step + phase.steps
+    return outcome.step == phase.first_step + phase.steps
 
 
 def _propose(phase: PhaseOfRun, data: ShardDataset, run: str) -> str | None:
@@ -156,15 +158,23 @@ def _fit_to_data(config: TrainConfig, data: ShardDataset, val_data: ShardDataset
     return replace(config, model=replace(config.model, num_classes=len(data.categories), rpn=rpn))
 
 
-def _check_cluster(workers: int) -> bool:
-    """Whether to train on GPUs. Ray would wait for ever for what the cluster does not have."""
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if gpus and workers > gpus:
-        raise ValueError(f"workers is {workers}, but the Ray cluster has {gpus} GPUs: ask for at most {gpus}")
-    if workers > cpus:
-        raise ValueError(f"workers is {workers}, but the Ray cluster has {cpus} CPUs: ask for at most {cpus}")
-    return gpus > 0
+def _check_shares(config: TrainConfig, workers: WorkerRange) -> None:
+    """That the images of a step can be shared between any number of workers that there may be."""
+    for world_size in range(workers.fewest, workers.most + 1):
+        step_parts(config.global_batch, rank=0, world_size=world_size, images_at_once=config.images_at_once)
+
+
+def _check_cluster(job: TrainJob) -> bool:
+    """Whether to train on GPUs. Ray would wait for ever for what the cluster never has."""
+    size, fewest = cluster_size(), job.worker_range.fewest
+    use_gpu = size.total("GPU") > 0
+    kind = "GPU" if use_gpu else "CPU"
+    if fewest > size.total(kind):
+        lack = f"workers is {job.workers}, but the Ray cluster has {size.total(kind)} {kind}s"
+        if not size.may_grow:
+            raise ValueError(f"{lack}: ask for at most {size.total(kind)}")
+        print(f"{lack}: waiting for nodes, as it may have an autoscaler", flush=True)
+    return use_gpu
 
 
 def _open_run(
@@ -271,51 +281,52 @@ def _check_unchanged(
         print(f"changed on resuming: {line}", flush=True)
 
 
-def _fit(settings: WorkerSettings, *, workers: int, use_gpu: bool) -> Outcome:
+def _scaling(job: TrainJob, use_gpu: bool) -> ScalingConfig:
+    workers = job.worker_range
+    if not workers.is_elastic:
+        return ScalingConfig(num_workers=workers.most, use_gpu=use_gpu)
+    return ScalingConfig(  # Train v2 has both
+        num_workers=(workers.fewest, workers.most),  # type: ignore[arg-type]
+        elastic_resize_monitor_interval_s=job.resize_every,  # type: ignore[call-arg]
+        use_gpu=use_gpu,
+    )
+
+
+def _fit(settings: WorkerSettings, scaling: ScalingConfig) -> Outcome:
     # Ray keeps its own small notes under a name of this attempt: ours is the state that training resumes from, so
     # neither a finished attempt nor another version of Ray stands in the way.
     store = open_store(settings.phase.uri)
-    if store.exists(OUTCOME_FILE):
-        store.remove(OUTCOME_FILE)
+    if patiently(lambda: store.exists(OUTCOME_FILE)):
+        patiently(lambda: store.remove(OUTCOME_FILE))
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        scaling_config=scaling,
         run_config=RunConfig(
             name=f"attempt-{time.time_ns() // 1_000_000}",
             storage_path=f"{settings.phase.run_uri}/ray",
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[EndOfTries(settings.phase.uri)],  # type: ignore[list-item]  # what Train v2 takes
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Train v2 has it
         ),
     )
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _plain_error(error, settings.phase) from error
-    outcome = _read_outcome(store)
-    if outcome.failure:
-        raise RuntimeError(f"{outcome.failure}; {_newest_checkpoint(settings.phase)}")
-    return outcome
+        raise plain_error(error, _newest_checkpoint(settings.phase)) from error
+    return patiently(lambda: _read_outcome(store))
 
 
 def _read_outcome(store: Store) -> Outcome:
     return Outcome(**json.loads(store.read_bytes(OUTCOME_FILE)))
 
 
-def _plain_error(error: TrainingFailedError, phase: PhaseOfRun) -> Exception:
-    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
-    for failure in failures.values():
-        cause = failure.__cause__ or failure
-        for kind in (FileNotFoundError, PermissionError, ValueError):
-            if isinstance(cause, kind):
-                return kind(str(cause))
-        return RuntimeError(f"training failed ({type(cause).__name__}: {cause}); {_newest_checkpoint(phase)}")
-    return RuntimeError(f"training failed ({error}); {_newest_checkpoint(phase)}")
-
-
 def _newest_checkpoint(phase: PhaseOfRun) -> str:
-    saved = Checkpoints(phase.uri).steps()
+    try:
+        saved = Checkpoints(phase.uri).steps()
+    except UnreachableError:  # which what went wrong first has told
+        return f"once {phase.uri} answers, go on with --resume"
     if not saved:
         return f"{phase.uri} has no checkpoint"
     return f"the newest checkpoint in {phase.uri} is of step {saved[-1]}: go on with --resume"

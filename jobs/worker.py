@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -22,8 +23,6 @@ from jobs.evaluate import found_kinds, judge_rows, metrics_of
 from jobs.evaluations import Evaluations, ap_metrics
 from jobs.guards import (
     SKIPPED,
-    BatchTooLargeError,
-    NonFiniteLossError,
     check_finite_weights,
     check_losses,
     check_skipped,
@@ -45,6 +44,7 @@ from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, model_files, 
 from pipelines.augment import Augmentation
 from pipelines.dataset import ShardDataset
 from pipelines.loader import Batch, batches
+from pipelines.patience import patiently
 from pipelines.proposals import ProposalDataset
 from pipelines.storage import Store, open_store
 
@@ -61,8 +61,6 @@ class Outcome:
     """Of the last evaluation; none where a phase does not end with a whole detector"""
     images_per_second: float = 0.0
     """Of training proper, over all workers; 0 if nothing was left to train"""
-    failure: str | None = None
-    """Why the workers gave up, if they did"""
 
 
 @dataclass(frozen=True)
@@ -82,28 +80,22 @@ class WorkerSettings:
 def train_worker(loop_config: dict[str, Any]) -> None:
     """Ray Train's entry: train to the last step of a phase, from the newest checkpoint if there is one.
 
-    How it ended goes to OUTCOME_FILE in the phase's folder: Ray brings back metrics only with a checkpoint of its own.
+    What came of it goes to OUTCOME_FILE in the phase's folder: Ray brings back metrics only with a checkpoint of its
+    own. What it raises decides whether Ray tries again (jobs/failures.py).
     """
     settings: WorkerSettings = loop_config["settings"]
-    store = open_store(settings.phase.uri)
-    if store.exists(OUTCOME_FILE):  # a worker has given up, and Ray has started others in its place
-        return
     worker = _Worker(settings)
     try:
         outcome = worker.run()
-    except NonFiniteLossError as error:  # on all ranks at once; another try would end the same, so do not ask for one
-        outcome = Outcome(failure=str(error))
-    except BatchTooLargeError as error:  # on one rank, for which the others wait: Ray has to end them
-        _write_outcome(store, Outcome(failure=str(error)))
-        raise
     finally:
         worker.end_log()
     if ray.train.get_context().get_world_rank() == 0:
-        _write_outcome(store, outcome)
+        _write_outcome(open_store(settings.phase.uri), outcome)
 
 
 def _write_outcome(store: Store, outcome: Outcome) -> None:
-    store.write_bytes(OUTCOME_FILE, json.dumps(asdict(outcome), indent=1).encode())
+    data = json.dumps(asdict(outcome), indent=1).encode()
+    patiently(lambda: store.write_bytes(OUTCOME_FILE, data))
 
 
 class _Worker:
@@ -113,7 +105,7 @@ class _Worker:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.settings, self.config, self.phase = settings, settings.config, settings.phase
-        self.data, self.val_data = ShardDataset(settings.data), ShardDataset(settings.val_data)
+        self.data, self.val_data = (patiently(partial(ShardDataset, uri)) for uri in (settings.data, settings.val_data))
         self.checkpoints = Checkpoints(self.phase.uri)
         self.logger = RunLogger(settings.run, self.phase.run_uri, machine=True) if self.rank == 0 else None
         device = get_device()
@@ -131,10 +123,7 @@ class _Worker:
 
     def run(self) -> Outcome:
         """Train what is left, evaluate, export the model."""
-        newest = same_on_all_ranks(max(self.checkpoints.steps(), default=0), self.world_size, self.engine.device)
-        if newest:
-            self.checkpoints.restore(self.model, self.engine, newest)
-            self._say(f"going on from {self.checkpoints.store.uri} at step {newest}")
+        self._go_on()
         metrics: dict[str, float] | None = None
         with closing(self._stream()) as stream:  # type: ignore[type-var]
             while self.engine.step < self.config.steps:
@@ -144,6 +133,18 @@ class _Worker:
         if metrics is None:  # nothing was left to train
             metrics = self._evaluate()
         return Outcome(self._step_of_run, metrics, self.meter.images_per_second)
+
+    def _go_on(self) -> None:
+        """Load the newest good checkpoint, if there is one: rank 0 finds it, and the others take the same."""
+        step = self.checkpoints.restore_newest(self.model, self.engine) if self.rank == 0 else 0
+        step = same_on_all_ranks(step, self.world_size, self.engine.device)
+        if step and self.rank > 0:
+            self.checkpoints.restore(self.model, self.engine, step)
+        workers = f"{self.world_size} worker{'s' if self.world_size > 1 else ''}"
+        if step:
+            self._say(f"going on from {self.checkpoints.store.uri} at step {step} with {workers}")
+        else:
+            self._say(f"beginning with {workers}")
 
     def _stream(self) -> Iterator[Batch]:
         proposals = self.settings.proposals
@@ -207,7 +208,9 @@ class _Worker:
         step = self.engine.step
         check_finite_weights(self.model, step)
         if self.logger:
-            self.logger.keep()  # what is due before a checkpoint is not logged again by those who go on from it
+            patiently(
+                self.logger.keep
+            )  # what is due before a checkpoint is not logged again by those who go on from it
             progress = Progress(step, self.engine.images_seen, self.config.seed, self.data.manifest.digest)
             self.checkpoints.save(self.model, self.engine, progress, keep=self.config.keep_checkpoints)
 
@@ -219,7 +222,7 @@ class _Worker:
             rate = learning_rate(step - 1, self.config)
             self.logger.metrics({f"train/{name}": value for name, value in losses.items()}, self._step_of_run)
             skipped = {"train/skipped_batches": float(self.skipped)} if self.config.skips_allowed else {}
-            perf = {**speed, **gpu_memory(self.engine.device)}
+            perf = {**speed, **gpu_memory(self.engine.device), "perf/workers": float(self.world_size)}
             self.logger.metrics({**perf, "train/learning_rate": rate, **skipped}, self._step_of_run)
         self._say(progress_line(step, self.config.steps, losses, speed, self.config.global_batch))
 
@@ -281,7 +284,7 @@ class _Worker:
         if self.rank == 0:
             store = open_store(self.phase.model_uri)
             for name, data in model_files(self.model).items():
-                store.write_bytes(name, data)
+                patiently(partial(store.write_bytes, name, data))
 
     def _say(self, line: str) -> None:
         if self.rank == 0:

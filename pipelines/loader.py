@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 
 from mrcnn.config import InputConfig
@@ -17,6 +18,7 @@ from pipelines.augment import UNCHANGED, Augmentation
 from pipelines.collate import collate, most_keypoints
 from pipelines.dataset import Row, ShardDataset
 from pipelines.order import Order, StepPart, image_seed, step_parts
+from pipelines.patience import patiently
 from pipelines.prefetch import prefetched
 from pipelines.proposals import ProposalDataset, collate_proposals
 from pipelines.scaling import Scaling
@@ -99,7 +101,7 @@ class _Loader:
 
     def _load(self, places: range) -> Batch:
         epochs, indices = zip(*(self.order(place) for place in places), strict=True)
-        stored = [self.dataset.read(index) for index in indices]
+        stored = [patiently(partial(self.dataset.read, index)) for index in indices]
         keys = [(self.order.seed, epoch, row.image_id) for epoch, row in zip(epochs, stored, strict=True)]
         flips = [self.augmentation.flips(key) for key in keys]
         try:
@@ -113,7 +115,7 @@ class _Loader:
         proposals = None
         if self.proposals is not None:
             scalings = [Scaling(before.size, after.size) for before, after in zip(stored, rows, strict=True)]
-            found = [self.proposals.read(index) for index in indices]
+            found = [patiently(partial(self.proposals.read, index)) for index in indices]
             proposals = collate_proposals(found, scalings, flips=flips, top_n=self.proposals.top_n)
         return Batch(images, targets, tuple(row.image_id for row in rows), proposals)
 

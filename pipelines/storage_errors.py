@@ -20,6 +20,7 @@ from botocore.exceptions import (
 )
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+AWAY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}  # of a network's file system that may come back
 # What stands before an @ where the host should be; a colon that no port follows: a secret key may hold slashes.
 LOGIN = re.compile(r"^([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
 QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*")
@@ -27,6 +28,10 @@ QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*")
 
 class FileRefusedError(PermissionError):
     """One file may not be read, though its folder answers: the credentials are right."""
+
+
+class UnreachableError(ValueError):
+    """The storage does not answer now, and may later: an endpoint that is down, busy or wrong."""
 
 
 def without_secrets(uri: str) -> str:
@@ -37,7 +42,8 @@ def without_secrets(uri: str) -> str:
 
 @contextmanager
 def plain_errors(uri: str) -> Iterator[None]:
-    """Turn what is raised into FileNotFoundError, PermissionError (credentials, modes) or ValueError (all else)."""
+    """Turn what is raised into FileNotFoundError, PermissionError (credentials, modes) or ValueError (all else; of what
+    may be over in a moment, UnreachableError)."""
     uri = without_secrets(uri)
     try:
         yield
@@ -102,8 +108,9 @@ def _other_error(uri: str, error: Exception) -> Exception:
         return _full(uri, error)
     if not uri.startswith("s3://"):
         kind, told = f"{type(error).__name__}: " if "://" in uri else "", QUERY.sub(r"\1", str(error))
-        return ValueError(f"{uri} cannot be used: {kind}{told}")
-    return ValueError(f"{uri} cannot be reached{endpoint_hint(uri)}: {type(error).__name__}: {error}")
+        is_away = "://" in uri or (isinstance(error, OSError) and error.errno in AWAY)
+        return (UnreachableError if is_away else ValueError)(f"{uri} cannot be used: {kind}{told}")
+    return UnreachableError(f"{uri} cannot be reached{endpoint_hint(uri)}: {type(error).__name__}: {error}")
 
 
 def _full(where: str, error: OSError) -> ValueError:

@@ -75,11 +75,20 @@ class Nodes:
             )  # fmt: skip
         self.processes.append(process)
 
+    def join(self, resources: Mapping[str, float]) -> None:
+        """Start a node with one CPU and these resources; it has joined when this returns."""
+        alive = self.alive()
+        self.start(
+            f"--address=127.0.0.1:{self.port}", f"--node-ip-address=127.0.0.{len(self.processes) + 1}", "--num-cpus=1",
+            f"--resources={json.dumps(resources)}",
+        )  # fmt: skip
+        self.wait_for(alive + 1)  # two that start at once choose the same names for their sockets
+
     def wait_for(self, nodes: int) -> None:
         until = time.monotonic() + START_SECONDS
         while self.alive() < nodes:
             logs = "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("node-*.log")))
-            assert all(process.poll() is None for process in self.processes), logs
+            assert self.processes[-1].poll() is None, logs
             assert time.monotonic() < until, logs
             time.sleep(0.2)
 
@@ -115,18 +124,15 @@ def ray_nodes(resources: Sequence[Mapping[str, float]], environment: Mapping[str
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }  # fmt: skip
     nodes = Nodes(folder, bare | dict(environment), free_port(), free_port())
+    nodes.environment["RAY_API_SERVER_ADDRESS"] = nodes.url  # there may be other clusters on this machine
     try:
         nodes.start(
             "--head", f"--port={nodes.port}", "--num-cpus=0", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={nodes.dashboard_port}", f"--temp-dir={folder / 'ray'}",
         )  # fmt: skip
         nodes.wait_for(1)
-        for index, extra in enumerate(resources):
-            nodes.start(
-                f"--address=127.0.0.1:{nodes.port}", f"--node-ip-address=127.0.0.{index + 2}", "--num-cpus=1",
-                f"--resources={json.dumps(extra)}",
-            )  # fmt: skip
-            nodes.wait_for(2 + index)  # two that start at once choose the same names for their sockets
+        for extra in resources:
+            nodes.join(extra)
         yield nodes
     finally:
         nodes.end()

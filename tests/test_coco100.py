@@ -55,7 +55,7 @@ def trained(built: dict[str, BuildSummary], tmp_path_factory: pytest.TempPathFac
         val_data=built["val2017"].out,
         storage=str(tmp_path_factory.mktemp("runs")),
         run="coco100",
-        workers=2,
+        workers="2",
     )
     return train(job, config)
 

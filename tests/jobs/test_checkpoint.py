@@ -1,6 +1,7 @@
 """A checkpoint brings everything back, or is refused."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,12 +71,61 @@ def test_a_changed_checkpoint_is_refused(small_model: MaskRCNN, tmp_path: Path) 
     folder = tmp_path / "checkpoints" / "step-00000003"
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(ValueError, match=r"model\.safetensors is not what was written: remove .*step-00000003"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not what was written"):
         checkpoints.restore(small_model, engine, 3)
+    for _ in range(2):  # and it is not forgotten: to begin anew, as if there was none, would surprise
+        with pytest.raises(ValueError, match=r"no checkpoint in .* is what was written: start a new run"):
+            checkpoints.restore_newest(small_model, engine)
     manifest = json.loads((folder / "checkpoint.json").read_text())
     (folder / "checkpoint.json").write_text(json.dumps({**manifest, "format": "other"}))
     with pytest.raises(ValueError, match="not of format"):
-        checkpoints.restore(small_model, engine, 3)
+        checkpoints.restore_newest(small_model, engine)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "changed": lambda folder: rewrite(folder / "model.safetensors", lambda data: data[:-1] + b"!"),
+    "torn": lambda folder: rewrite(folder / "optimizer.safetensors", lambda data: data[: len(data) // 2]),
+    "a file less": lambda folder: (folder / "optimizer.safetensors").unlink(),
+    "torn manifest": lambda folder: rewrite(folder / "checkpoint.json", lambda data: data[: len(data) // 2]),
+    "a digest less": lambda folder: rewrite(
+        folder / "checkpoint.json", lambda data: data.replace(b"optimizer.safetensors", b"config.json")
+    ),
+    "of another step": lambda folder: rewrite(
+        folder / "checkpoint.json", lambda data: data.replace(b'"step": 3', b'"step": 4')
+    ),
+}
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    before = path.read_bytes()
+    path.write_bytes(change(before))
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_newest_good_one_is_used(
+    small_model: MaskRCNN, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, checkpoints = engine_for(small_model), Checkpoints(str(tmp_path))
+    parameter = next(small_model.parameters())
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            parameter.fill_(step)
+        engine.step = step
+        checkpoints.save(small_model, engine, progress(engine), keep=3)
+    folder = tmp_path / "checkpoints" / "step-00000003"
+    DAMAGE[damage](folder)
+    assert checkpoints.restore_newest(small_model, engine) == engine.step == 2
+    assert bool((parameter == 2).all())
+    assert "step-00000003" in capsys.readouterr().out
+
+    assert checkpoints.steps() == [1, 2]  # it stays to be looked at, but pushes out no good one
+    assert (folder / "refused.json").exists()
+    (folder / ".model.safetensors.part").touch()  # as of a writer that was killed
+    engine.step = 3
+    checkpoints.save(small_model, engine, progress(engine), keep=3)
+    assert not list(folder.glob(".*"))
+    assert checkpoints.restore_newest(small_model, engine) == 3
 
 
 def test_another_models_checkpoint_is_refused(small_model: MaskRCNN, tmp_path: Path) -> None:

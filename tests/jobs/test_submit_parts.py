@@ -14,7 +14,8 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 
 from jobs import ship, submit
 from jobs.cli import COMMANDS, main, parse
-from jobs.job_client import ClusterSize, api_server, exit_code
+from jobs.cluster import ClusterSize
+from jobs.job_client import api_server, exit_code
 from jobs.job_commands import Submission
 
 TRAIN = ("train", "toy", "--data", "s3://b/d", "--val-data", "s3://b/v", "--storage", "s3://b/r", "--run", "r")
@@ -31,7 +32,8 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("toy-dat", "--out", "s3://b/o"), "toy-dat"),
         (("toy-data", "--out", "s3://b/o", "--imags", "3"), "--imags"),
-        ((*TRAIN, "--workers", "0"), "workers is 0"),
+        ((*TRAIN, "--workers", "0"), "workers is '0'"),
+        ((*TRAIN, "--workers", "4:1"), "workers is '4:1', but must be a number of at least 1, or FEWEST:MOST"),
         (("train", "r50"), "'r50' is no preset"),
         (("train", "toy"), "say what to train on"),
         (("jobs", "list"), "is for this machine"),
@@ -107,7 +109,7 @@ def test_only_addresses_that_others_can_use_are_sent(monkeypatch: pytest.MonkeyP
 # ---- paths and code
 
 OTHER_TEXTS = {"alias", "device", "encoding", "experiment", "format", "from_", "name", "preset", "run", "split", "to",
-               "classes", "rpn", "precision"}  # fmt: skip
+               "classes", "rpn", "precision", "workers"}  # fmt: skip
 
 
 def test_every_text_argument_is_known_to_be_a_location_or_not() -> None:
@@ -168,6 +170,8 @@ def size(*nodes: Mapping[str, float], may_grow: bool = False) -> ClusterSize:
     [
         (size({"CPU": 1.5}, {"CPU": 1.5}), (*TRAIN, "--workers", "3"), ["--workers 3 needs 3 CPUs"]),
         (size({"CPU": 4}), (*TRAIN, "--workers", "3"), []),
+        (size({"CPU": 2}), (*TRAIN, "--workers", "1:8"), []),
+        (size({"CPU": 2}), (*TRAIN, "--workers", "3:8"), ["--workers 3:8 needs 3 CPUs"]),
         (size({"CPU": 8, "GPU": 2}), (*TRAIN, "--workers", "3"), ["--workers 3 needs 3 GPUs"]),
         (size({"CPU": 8, "GPU": 2}), (*TRAIN, "--workers", "2"), []),
         (size({"memory": 1}), ("verify-data", "s3://b/d"), ["the command needs CPUs"]),

@@ -33,7 +33,7 @@ CONFIG = TrainConfig(
 @pytest.fixture(scope="module")
 def job(toy_shards: str, s3: str) -> TrainJob:
     """Two workers, everything kept on S3."""
-    return TrainJob(data=toy_shards, val_data=toy_shards, storage=f"{s3}/runs", run="whole", workers=2)
+    return TrainJob(data=toy_shards, val_data=toy_shards, storage=f"{s3}/runs", run="whole", workers="2")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(whole: TrainSummary,
     with pytest.raises(FileNotFoundError, match=r"lost\.pth"):
         train(replace(job, run="weightless", weights="lost.pth"), CONFIG)
     with pytest.raises(ValueError, match=r"workers is 64, but the Ray cluster has 2 CPUs"):
-        train(replace(job, run="many", workers=64), replace(CONFIG, global_batch=64))
+        train(replace(job, run="many", workers="64"), replace(CONFIG, global_batch=64))
     with pytest.raises(ValueError, match="global batch is 3, of which the 2 workers get 2 or 1 images"):
         train(replace(job, run="odd"), replace(CONFIG, global_batch=3, images_at_once=1))
     with pytest.raises(FileNotFoundError, match="no-such-shards"):
@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_fails_the_run_with_its_step(job: TrainJob, tm
     wild = replace(CONFIG, optimizer=OptimizerConfig(base_lr=1e30, warmup_steps=0), checkpoint_every=3)
     # the first step has spoilt the weights; it is told at the next report
     with pytest.raises(RuntimeError, match=r"the loss is not finite at step 2 \(loss nan, .*; images \d+, \d+"):
-        train(replace(job, storage=str(tmp_path), run="wild", workers=1), wild)
+        train(replace(job, storage=str(tmp_path), run="wild", workers="1"), wild)
     assert tracking.find_run("wild").info.status == "FAILED"
     assert Checkpoints(str(tmp_path / "wild")).steps() == []
 

@@ -1,92 +1,306 @@
-"""What a training makes of processes that die, memory that is short, and losses that are not finite."""
+"""What a training makes of workers, nodes and drivers that are killed, and of a storage that is away or full.
+
+On real processes: a head without CPUs and nodes with one each. However a training is disturbed, its weights have the
+same bits in the end, and each epoch has had each image once.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
-import threading
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
+from cli_process import Commands, Done, Running, commands
+from faulty_proxy import Fault, faulty_proxy
+from made_shards import instance, make_shards, row
+from mlflow.entities import Run
 from models import SMALL
-from ray.util.state import list_actors
-from safetensors.numpy import load_file
+from ray_nodes import Nodes, ray_nodes
+from safetensors.numpy import load
+from seen_images import Seen, Taken, environment
 
 from jobs import tracking
-from jobs.checkpoint import Checkpoints
-from jobs.config import OptimizerConfig, TrainConfig, TrainJob
-from jobs.train import train
+from jobs.config import OptimizerConfig, TrainConfig
+from pipelines.storage import open_store
 
-pytestmark = pytest.mark.usefixtures("mlflow_store")
-
+IMAGES = 16
+AWAY_SECONDS = 10.0
 CONFIG = TrainConfig(
     model=SMALL,
     optimizer=OptimizerConfig(base_lr=0.02, warmup_steps=4),
-    steps=16,
+    steps=12,
     global_batch=4,
-    log_every=4,
+    log_every=3,
     evaluate_every=100,
-    checkpoint_every=4,
-    keep_checkpoints=9,
+    checkpoint_every=3,
+    keep_checkpoints=2,
     pictures=0,
 )
 
 
-@pytest.fixture
-def job(toy_shards: str, tmp_path: Path) -> TrainJob:
-    return TrainJob(data=toy_shards, val_data=toy_shards, storage=str(tmp_path), run="disturbed", workers=2)
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
 
 
-def weights(run: Path) -> dict[str, bytes]:
-    return {name: value.tobytes() for name, value in load_file(run / "model" / "model.safetensors").items()}
+@dataclass
+class Cluster:
+    """Nodes, and a client that trains on them."""
+
+    nodes: Nodes
+    mrcnn: Commands
+    seen: Seen
+    data: str
+    folder: Path
+
+    def begin(
+        self, run: str, *words: str, data: str | None = None, storage: str | None = None, **variables: str
+    ) -> Running:
+        storage = storage or str(self.folder / "runs")
+        paths = ("--data", data or self.data, "--val-data", self.data, "--storage", storage)
+        config = ("--config", str(self.folder / "config.json"))
+        return self.mrcnn.start("train", *config, *paths, "--run", run, "--workers", "2", *words, **variables)
+
+    def until(self, running: Running, run: str, step: int) -> list[Taken]:
+        """Both workers, once they are about to take a step."""
+        return self.seen.wait_for(
+            run, lambda taken: taken.step == step, count=2, still=lambda: running.process.is_alive()
+        )
+
+    def kill_node(self, address: str) -> None:
+        """The raylet and all that it has started, at once."""
+        process = self.nodes.processes[int(address.rpartition(".")[2]) - 1]
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for each in family:
+            each.kill()
+
+    def went_on_after(self, run: str, killed_at: float) -> float:
+        """Seconds from a kill to the first step of those who went on."""
+        return min(each.at for each in self.seen.taken(run) if each.began > killed_at) - killed_at
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, s3: str) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("faults")
+    seen = Seen(folder / "seen")
+    seen.folder.mkdir()
+    boxes = [[(5 + 20 * n, 5 + 2 * i, 35 + 20 * n + i, 45 + 2 * i) for n in range(1 + i % 3)] for i in range(IMAGES)]
+    data = make_shards(folder / "data", [row(i, (96, 128), [instance(box) for box in boxes[i]]) for i in range(IMAGES)])
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    secrets = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    with ray_nodes([{}, {}, {}], environment(seen.folder) | secrets) as nodes, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", store["MLFLOW_TRACKING_URI"])
+        client = {
+            "PATH": nodes.environment["PATH"], "HOME": nodes.environment["HOME"], "OMP_NUM_THREADS": "1",
+            "RAY_ADDRESS": f"127.0.0.1:{nodes.port}", **nodes.client_environment, **store, **secrets,
+        }  # fmt: skip
+        (folder / "client").mkdir()
+        with commands(folder / "client", client) as mrcnn:
+            yield Cluster(nodes, mrcnn, seen, data, folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> dict[str, bytes]:
+    """The weights of a training that nothing happens to."""
+    done = cluster.begin("undisturbed").wait()
+    print(done.out, done.err, done.seconds)
+    check_images(cluster, "undisturbed")
+    assert done.code == 0, done
+    return weights(f"{cluster.folder}/runs/undisturbed")
+
+
+def weights(run: str) -> dict[str, bytes]:
+    content = open_store(f"{run}/model").read_bytes("model.safetensors")
+    return {name: value.tobytes() for name, value in load(content).items()}
+
+
+def check_images(cluster: Cluster, run: str, steps: int = CONFIG.steps) -> None:
+    images = cluster.seen.images(run)
+    assert len(images) == steps * CONFIG.global_batch
+    epochs = [sorted(images[start : start + IMAGES]) for start in range(0, len(images), IMAGES)]
+    assert all(epoch == list(range(IMAGES)) for epoch in epochs), epochs
+
+
+def check(cluster: Cluster, run: str, done: Done, undisturbed: dict[str, bytes], storage: str | None = None) -> Run:
+    """As if nothing had happened; and there is one MLflow run of the name."""
+    assert done.code == 0, done
+    check_images(cluster, run)
+    assert weights(f"{storage or cluster.folder / 'runs'}/{run}") == undisturbed
+    found = tracking.find_run(run)  # there is one only
+    assert found.info.status == "FINISHED"
+    return found
 
 
 @contextmanager
-def killed_once(run: Path, *, after_step: int) -> Iterator[list[int]]:
-    """Kill -9 one of the training's workers as soon as there is a checkpoint of that step. Lists who was killed."""
-    killed: list[int] = []
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.02) and not killed:
-            if after_step in Checkpoints(str(run)).steps():
-                workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
-                os.kill(workers[-1].pid, signal.SIGKILL)
-                killed.append(workers[-1].pid)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
+def small_disk(folder: Path, *, megabytes: int) -> Iterator[Path]:
+    """A file system of its own; only root may make one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk needs the right to mount")
     try:
-        yield killed
+        yield folder
     finally:
-        done.set()
-        thread.join()
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_killed_worker_leaves_no_trace_in_the_weights(job: TrainJob, tmp_path: Path) -> None:
-    with killed_once(tmp_path / "disturbed", after_step=4) as killed:
-        summary = train(job, CONFIG)
-    assert len(killed) == 1
-    assert summary.outcome.step == 16
-    undisturbed = replace(job, run="undisturbed")
-    train(undisturbed, CONFIG)
-    assert weights(tmp_path / "disturbed") == weights(tmp_path / "undisturbed")
-    run = tracking.find_run("disturbed")  # there is one only
-    assert run.info.status == "FINISHED"
+def fill(folder: Path) -> Path:
+    """A file that leaves no byte for others."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+    assert shutil.disk_usage(folder).free == 0
+    return ballast
+
+
+def test_a_killed_worker(cluster: Cluster, undisturbed: dict[str, bytes]) -> None:
+    hold = cluster.seen.hold("worker", 5)
+    running = cluster.begin("worker")
+    workers = cluster.until(running, "worker", 5)
+    killed_at = time.time()
+    kill(workers[1].pid)
+    hold.unlink()
+    done = running.wait()
+    print(done.out, done.err, f"went on after {cluster.went_on_after('worker', killed_at):.1f} s")
+    run = check(cluster, "worker", done, undisturbed)
+    assert cluster.went_on_after("worker", killed_at) < 60
     steps = [each.step for each in tracking.client().get_metric_history(run.info.run_id, "train/loss")]
-    assert set(steps) == {4, 8, 12, 16}
+    assert sorted(set(steps)) == [3, 6, 9, 12]
 
 
-def test_memory_that_is_short_is_told_at_once(job: TrainJob, tmp_path: Path) -> None:
-    """Mask heads of this width need more bytes than there are: no second try."""
-    config = replace(CONFIG, model=replace(SMALL, mask=replace(SMALL.mask, pool=4000, norm="none")))
-    started = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"memory is too short for the batch of step 1: images .* pixels"):
-        train(replace(job, run="large", workers=1), config)
-    assert tracking.find_run("large").info.status == "FAILED"
-    assert Checkpoints(str(tmp_path / "large")).steps() == []
-    assert time.monotonic() - started < 120
+def test_a_killed_driver(cluster: Cluster, undisturbed: dict[str, bytes]) -> None:
+    hold = cluster.seen.hold("driver", 8)
+    running = cluster.begin("driver")
+    cluster.until(running, "driver", 8)
+    running.process.kill()
+    killed_at = time.time()
+    assert tracking.find_run("driver").info.status == "RUNNING"
+    resumed = cluster.begin("driver", "--resume")  # at once, while the old workers may still be there
+    hold.unlink()
+    done = resumed.wait()
+    print(done.out, done.err, f"went on after {cluster.went_on_after('driver', killed_at):.1f} s")
+    assert "at step 6 with 2 workers" in done.out
+    check(cluster, "driver", done, undisturbed)
+
+
+def test_a_store_that_is_away_while_a_checkpoint_is_written(
+    cluster: Cluster, undisturbed: dict[str, bytes], s3: str
+) -> None:
+    """For ten seconds all requests are answered with 503, beginning with one that writes a file of a checkpoint."""
+    away: list[float] = []
+
+    def decide(method: str, path: str, count: int) -> Fault | None:
+        if method == "PUT" and "/store/checkpoints/step-00000006/" in path and not away:
+            away.append(time.monotonic())
+        return "503" if away and time.monotonic() - away[0] < AWAY_SECONDS else None
+
+    storage = f"{s3}/faults"
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], decide) as proxy:
+        done = cluster.begin("store", storage=storage, AWS_ENDPOINT_URL=proxy.url).wait()
+        assert proxy.made["503"] > 2
+    print(done.out, done.err)
+    assert "trying again" in done.out
+    assert "the storage answers again" in done.out
+    assert "going on from" not in done.out  # nobody had to begin again
+    check(cluster, "store", done, undisturbed, storage)
+
+
+def test_a_disk_that_is_full(cluster: Cluster, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", megabytes=400) as disk:
+        hold = cluster.seen.hold("disk", 5)
+        running = cluster.begin("disk", storage=str(disk))
+        cluster.until(running, "disk", 5)
+        ballast = fill(disk)
+        hold.unlink()
+        done = running.wait()
+        print(done.out, done.err)
+        assert done.code == 2, done
+        assert re.search(
+            r"No space left on device\): make room, .*checkpoint in .* step 3: go on with --resume", done.err
+        )
+        assert tracking.find_run("disk").info.status == "FAILED"
+        assert [path.name for path in (disk / "disk" / "checkpoints").iterdir()] == ["step-00000003"]
+        assert not list(disk.rglob(".*"))
+        assert max(each.step for each in cluster.seen.taken("disk")) <= 8  # the next ones are read ahead, no more
+        assert len({each.began for each in cluster.seen.taken("disk")}) == 2  # of two workers: no second try
+
+        ballast.unlink()
+        done = cluster.begin("disk", "--resume", storage=str(disk)).wait()
+        check(cluster, "disk", done, undisturbed, str(disk))
+
+
+def test_damaged_rows_end_a_training_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(cluster.data, data)
+    shard = sorted(data.glob("*.arrow"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 4 : len(content) // 4 + 64] = bytes(64)
+    shard.write_bytes(bytes(content))
+    done = cluster.begin("damaged", data=str(data)).wait()
+    print(done.out, done.err)
+    assert done.code == 2, done
+    assert shard.name in done.err
+    assert len({each.began for each in cluster.seen.taken("damaged")}) <= 2
+    assert tracking.find_run("damaged").info.status == "FAILED"
+
+
+def test_a_killed_node(cluster: Cluster, undisturbed: dict[str, bytes]) -> None:
+    """There is a third one."""
+    hold = cluster.seen.hold("node", 5)
+    running = cluster.begin("node")
+    workers = cluster.until(running, "node", 5)
+    killed_at = time.time()
+    cluster.kill_node(workers[0].node)
+    hold.unlink()
+    done = running.wait()
+    print(done.out, done.err, f"went on after {cluster.went_on_after('node', killed_at):.1f} s")
+    check(cluster, "node", done, undisturbed)
+    assert cluster.went_on_after("node", killed_at) < 90
+
+
+def test_a_training_goes_on_with_the_nodes_that_are_left_and_grows_again(cluster: Cluster) -> None:
+    """On the two nodes that the test before has left."""
+
+    def began_with(workers: int, after: float) -> list[Taken]:
+        return cluster.seen.wait_for(
+            "elastic",
+            lambda taken: taken.workers == workers and taken.began > after,
+            count=workers,
+            still=running.process.is_alive,
+        )
+
+    holds = [cluster.seen.hold("elastic", step) for step in (5, 9)]
+    running = cluster.begin("elastic", "--workers", "1:4", "--resize-every", "5")
+    two = cluster.until(running, "elastic", 5)
+    killed_at = time.time()
+    cluster.kill_node(two[0].node)
+    holds[0].unlink()
+    (one,) = began_with(1, killed_at)
+    print(f"one worker after {one.at - killed_at:.1f} s")
+    cluster.seen.wait_for("elastic", lambda taken: taken.step == 9 and taken.workers == 1, count=1, still=lambda: True)
+    joined_at = time.time()
+    cluster.nodes.join({})
+    grown = began_with(2, joined_at)
+    print(f"two workers after {grown[0].at - joined_at:.1f} s")
+    holds[1].unlink()
+    done = running.wait()
+    print(done.out, done.err)
+    assert done.code == 0, done
+    assert "at step 3 with 1 worker\n" in done.out
+    assert "at step 6 with 2 workers\n" in done.out
+    check_images(cluster, "elastic")
+    run = tracking.find_run("elastic")
+    assert run.info.status == "FINISHED"
+    history = {each.step: each.value for each in tracking.client().get_metric_history(run.info.run_id, "perf/workers")}
+    assert history == {3: 2, 6: 1, 9: 2, 12: 2}

@@ -120,7 +120,7 @@ def test_proposals_of_a_run_of_the_same_name_are_not_taken(apart: TrainSummary, 
 
 def test_four_steps_end_in_shared_features(job: TrainJob) -> None:
     config = replace(CONFIG, rpn="four_step", steps=2)
-    summary = train(replace(job, run="shared", workers=2), config)
+    summary = train(replace(job, run="shared", workers="2"), config)
     assert summary.outcome.step == 8
     assert set(summary.outcome.metrics) >= {"val/mask_AP", "val/box_AP"}
     run = Path(job.storage, "shared")
