@@ -1,7 +1,7 @@
 """The command line. Parses, calls, prints; what a command does stands in the module that it calls.
 
 Exit codes: 0 done, 1 failed on the way, 2 something given to it was wrong: one line says what, and MRCNN_TRACEBACK=1
-shows where.
+shows where; 130 and 143 ended by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jobs.config_file import config_uri, starting_point
 from jobs.convert import Peer
 from jobs.job_commands import Submission, list_, logs, stop
 from jobs.presets import PRESETS, Preset
+from jobs.stopping import Stopped
 from mrcnn.peers import Classes
 from pipelines.config import BuildConfig
 
@@ -409,6 +410,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, code=2)
     except (OSError, RuntimeError) as error:
         return _fail(error, code=1)
+    except Stopped as stopped:
+        print(f"mrcnn: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("mrcnn: interrupted", file=sys.stderr)
         return 130

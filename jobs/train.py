@@ -25,8 +25,11 @@ from jobs import tracking
 from jobs.checkpoint import Checkpoints
 from jobs.config import TrainConfig, TrainJob
 from jobs.evaluate import meanings
+from jobs.orders import StopRequest
+from jobs.ray_callbacks import NoteTermination, WatchPreemptions
 from jobs.registry import resolve_model
 from jobs.schedule import PhaseOfRun, phase_uris, phases_of_run
+from jobs.stopping import Signals, Stopped
 from jobs.tracking_log import Unsent, replay, run_status, unsent
 from jobs.worker import OUTCOME_FILE, Outcome, WorkerSettings, train_worker
 from mrcnn.model import MaskRCNN
@@ -82,16 +85,17 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
     phases = [
-        WorkerSettings(config, data.uri, val_data.uri, handle, weights, phase)
+        WorkerSettings(config, data.uri, val_data.uri, handle, weights, phase, StopRequest(handle.run_id))
         for phase in phases_of_run(config, run_store.uri)
     ]
     started = time.monotonic()
-    with run_status(handle, run_store.uri) as end:
+    with run_status(handle, run_store.uri) as end, Signals() as signals:
         tracking.describe_run(handle, config.to_dict(), _datasets(data, val_data))
         for settings in phases:
             if not _is_finished(settings.phase):
                 proposals = _propose(settings.phase, data, job.run)
-                outcome = _fit(replace(settings, proposals=proposals), workers=job.workers, use_gpu=use_gpu)
+                settings = replace(settings, proposals=proposals)
+                outcome = _fit(settings, workers=job.workers, use_gpu=use_gpu, signals=signals)
     seconds = time.monotonic() - started
     return TrainSummary(handle.run_id, run_store.uri_of("model"), outcome, seconds, end.unsent)
 
@@ -271,7 +275,7 @@ def _check_unchanged(
         print(f"changed on resuming: {line}", flush=True)
 
 
-def _fit(settings: WorkerSettings, *, workers: int, use_gpu: bool) -> Outcome:
+def _fit(settings: WorkerSettings, *, workers: int, use_gpu: bool, signals: Signals) -> Outcome:
     # Ray keeps its own small notes under a name of this attempt: ours is the state that training resumes from, so
     # neither a finished attempt nor another version of Ray stands in the way.
     store = open_store(settings.phase.uri)
@@ -286,16 +290,22 @@ def _fit(settings: WorkerSettings, *, workers: int, use_gpu: bool) -> Outcome:
             name=f"attempt-{time.time_ns() // 1_000_000}",
             storage_path=f"{settings.phase.run_uri}/ray",
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[NoteTermination(), WatchPreemptions()],  # type: ignore[list-item]  # of workers and controller
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Train v2 has it
         ),
     )
+    settings.request.withdraw()
     try:
-        trainer.fit()
+        signals.wait_for(trainer.fit, settings.request.make)
     except TrainingFailedError as error:
         raise _plain_error(error, settings.phase) from error
+    finally:
+        settings.request.withdraw()
     outcome = _read_outcome(store)
     if outcome.failure:
         raise RuntimeError(f"{outcome.failure}; {_newest_checkpoint(settings.phase)}")
+    if signals.received and (outcome.stopped or not settings.phase.is_last):
+        raise Stopped(signals.received, _newest_checkpoint(settings.phase))
     return outcome
 
 

@@ -31,6 +31,7 @@ from jobs.guards import (
     too_large,
 )
 from jobs.meter import Meter, progress_line
+from jobs.orders import Order, Orders, StopRequest, WorkersEndedError, termination
 from jobs.ranks import all_image_ids, gather, mean_over_ranks, same_on_all_ranks
 from jobs.schedule import PhaseOfRun
 from jobs.tracking import RunHandle
@@ -63,6 +64,8 @@ class Outcome:
     """Of training proper, over all workers; 0 if nothing was left to train"""
     failure: str | None = None
     """Why the workers gave up, if they did"""
+    stopped: bool = False
+    """Whether it was told to end before its last step"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class WorkerSettings:
     run: RunHandle
     weights: str | None
     phase: PhaseOfRun
+    request: StopRequest
+    """The driver's way to end it"""
     proposals: str | None = None
     """URI of those that the phase trains on"""
 
@@ -90,7 +95,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
         return
     worker = _Worker(settings)
     try:
-        outcome = worker.run()
+        with termination.noted():
+            outcome = worker.run()
     except NonFiniteLossError as error:  # on all ranks at once; another try would end the same, so do not ask for one
         outcome = Outcome(failure=str(error))
     except BatchTooLargeError as error:  # on one rank, for which the others wait: Ray has to end them
@@ -127,6 +133,8 @@ class _Worker:
             distributed = DistributedDataParallel(part, gradient_as_bucket_view=True)
         self.engine = Engine(distributed or part, self.config, device)
         self.meter = Meter(self.config)
+        self.orders = Orders(settings.request, rank=self.rank, world_size=self.world_size)
+        self.saved_step = 0
         self.skipped = 0  # steps with a loss that was not finite, of this attempt
 
     def run(self) -> Outcome:
@@ -140,6 +148,8 @@ class _Worker:
             while self.engine.step < self.config.steps:
                 self._train_step(stream)
                 metrics = self._after_step()
+                if self.engine.step < self.config.steps and self._heed_orders() is Order.STOP:
+                    return Outcome(self._step_of_run, stopped=True)
         self._export()
         if metrics is None:  # nothing was left to train
             metrics = self._evaluate()
@@ -202,9 +212,22 @@ class _Worker:
         self.meter.restart()
         return metrics
 
+    def _heed_orders(self) -> Order:
+        """Save if that is asked for. Raises WorkersEndedError, on all ranks, where one of them was told to end."""
+        order = self.orders.at(self.engine.step)
+        if order >= Order.SAVE:
+            if self.saved_step != self.engine.step:
+                if self.meter.losses:
+                    self._log()
+                self._save()
+            self.meter.restart()
+        if order is Order.RESTART:
+            raise WorkersEndedError("a training worker was told to end (SIGTERM); the others ended with it")
+        return order
+
     def _save(self) -> None:
         """Every rank looks at the weights, which are the same, so that all of them stop if they are spoilt."""
-        step = self.engine.step
+        step = self.saved_step = self.engine.step
         check_finite_weights(self.model, step)
         if self.logger:
             self.logger.keep()  # what is due before a checkpoint is not logged again by those who go on from it
