@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -84,8 +85,9 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     use_gpu = _check_cluster(job.workers)
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
+    request, bars = StopRequest(handle.run_id), sys.stderr.isatty()
     phases = [
-        WorkerSettings(config, data.uri, val_data.uri, handle, weights, phase, StopRequest(handle.run_id))
+        WorkerSettings(config, data.uri, val_data.uri, handle, weights, phase, request, bars)
         for phase in phases_of_run(config, run_store.uri)
     ]
     started = time.monotonic()
