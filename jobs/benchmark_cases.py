@@ -28,7 +28,7 @@ from mrcnn.structures import RunLengthMasks, Targets
 from pipelines.rle import ends_from_bitmap
 
 BenchmarkName = Literal["model-eval", "train-step", "roi-align", "nms", "masks"]
-AnyBenchmarkName = Literal[BenchmarkName, "build-data"]
+AnyBenchmarkName = Literal[BenchmarkName, "build-data", "train-overhead"]
 STRIDES = (4, 8, 16, 32)
 
 

@@ -1,7 +1,7 @@
 """The command line. Parses, calls, prints; what a command does stands in the module that it calls.
 
 Exit codes: 0 done, 1 failed on the way, 2 something given to it was wrong: one line says what, and MRCNN_TRACEBACK=1
-shows where.
+shows where; 130 and 143 ended by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jobs.config_file import config_uri, starting_point
 from jobs.convert import Peer
 from jobs.job_commands import Submission, list_, logs, stop
 from jobs.presets import PRESETS, Preset
+from jobs.stopping import Stopped
 from mrcnn.peers import Classes
 from pipelines.config import BuildConfig
 
@@ -229,12 +230,12 @@ def benchmark(
     profile: bool = False,
 ) -> None:
     """Time the model or an operator against torchvision's, with the same weights and inputs, in turn; or the building
-    of data against Pillow and Ray Data.
+    of data against Pillow and Ray Data; or a training by Ray Train against a plain loop around the same step.
 
     Args:
         name: What to time.
         threads: CPU threads of both; CPUs of the pipelines.
-        repeats: Timed calls of each, of which the median counts.
+        repeats: Timed calls of each, of which the median counts; trainings of each for train-overhead.
         device: cpu, or cuda where there is a GPU.
         images: For build-data: local folder of JPEGs; by default, made ones of COCO's sizes.
         out: JSON file for the numbers.
@@ -242,14 +243,19 @@ def benchmark(
     """
     from jobs.benchmark import Report, run_benchmark
     from jobs.benchmark_data import DataReport, run_data_benchmark
+    from jobs.benchmark_train import OverheadReport, run_overhead_benchmark
 
-    report: Report | DataReport
-    if name == "build-data":
-        if device != "cpu" or profile:
-            raise ValueError("--device and --profile are for the model and its operators, not for build-data")
-        report = run_data_benchmark(images, cpus=threads, repeats=repeats)
-    elif images is not None:
+    report: Report | DataReport | OverheadReport
+    if profile and name in ("build-data", "train-overhead"):
+        raise ValueError(f"--profile is for the model and its operators, not for {name}: leave it out")
+    if images is not None and name != "build-data":
         raise ValueError(f"--images is for the benchmark build-data, not for {name}: leave it out")
+    if name == "build-data":
+        if device != "cpu":
+            raise ValueError(f"device is {device}, but build-data uses CPUs only: leave --device out")
+        report = run_data_benchmark(images, cpus=threads, repeats=repeats)
+    elif name == "train-overhead":
+        report = run_overhead_benchmark(threads=threads, repeats=repeats, device=device)
     else:
         report = run_benchmark(name, threads=threads, repeats=repeats, device=device, with_profile=profile)
     print(report)
@@ -328,9 +334,10 @@ COMMANDS: dict[str, Any] = {
 def run_train(job: TrainJob, settings: TrainConfig, cpus: int | None, config: str | None) -> None:
     """`mrcnn train ...`. `config` is the file that the settings began from, if so."""
     from jobs.cluster import ray_session
-    from jobs.train import train as run
 
     with ray_session(cpus):
+        from jobs.train import train as run  # not before: Ray reads some of what the session sets when it is imported
+
         print(run(job, settings))
 
 
@@ -410,6 +417,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, code=2)
     except (OSError, RuntimeError) as error:
         return _fail(error, code=1)
+    except Stopped as stopped:
+        print(f"mrcnn: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("mrcnn: interrupted", file=sys.stderr)
         return 130

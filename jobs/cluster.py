@@ -27,7 +27,8 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its coming default; unset, Ray warns of it in every worker
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "1",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here listens to it yet, and it warns of itself
+    "RAY_DEDUP_LOGS_ALLOW_REGEX": r"\b(step \d+|going on from)\b",  # progress: similar lines of others do not hide it
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # jobs/ray_callbacks.py has it without an error at every start
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it makes every print a log line too, and overrides redirect_stdout
 }
 

@@ -23,6 +23,7 @@ class Meter:
         self.names: list[str] = []
         self.seconds = self.wait_seconds = 0.0
         self.total_images, self.total_seconds = 0, 0.0
+        self.last_loss: float | None = None
 
     def restart(self) -> None:
         """Do not count what passed since the last step: evaluation and checkpoints are not training."""
@@ -57,6 +58,15 @@ class Meter:
         }
         self.losses, self.image_ids, self.seconds, self.wait_seconds = [], [], 0.0, 0.0
         return losses, image_ids, speed
+
+    def note(self) -> str:
+        """What a bar says between two reports: the last one's loss, and the speed since then by the host's clock:
+        it waits for nothing."""
+        loss = f"loss {self.last_loss:.3f}, " if self.last_loss is not None else ""
+        if not self.losses:
+            return loss.removesuffix(", ")
+        rate, wait = len(self.losses) * self.global_batch / self.seconds, self.wait_seconds / self.seconds
+        return f"{loss}{rate:.1f} images/s, data-wait {wait:.0%}"
 
     @property
     def images_per_second(self) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +27,11 @@ from jobs.cluster import cluster_size
 from jobs.config import TrainConfig, TrainJob, WorkerRange
 from jobs.evaluate import meanings
 from jobs.failures import EndOfTries, plain_error
+from jobs.orders import StopRequest
+from jobs.ray_callbacks import NoteTermination, WatchPreemptions
 from jobs.registry import resolve_model
 from jobs.schedule import PhaseOfRun, phase_uris, phases_of_run
+from jobs.stopping import Signals, Stopped
 from jobs.tracking_log import Unsent, replay, run_status, unsent
 from jobs.worker import OUTCOME_FILE, Outcome, WorkerSettings, train_worker
 from mrcnn.model import MaskRCNN
@@ -83,17 +87,19 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     use_gpu = _check_cluster(job)
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
+    request, bars = StopRequest(handle.run_id), sys.stderr.isatty()
     phases = [
-        WorkerSettings(config, data.uri, val_data.uri, handle, weights, phase)
+        WorkerSettings(config, data.uri, val_data.uri, handle, weights, phase, request, bars)
         for phase in phases_of_run(config, run_store.uri)
     ]
     started = time.monotonic()
-    with run_status(handle, run_store.uri) as end:
+    with run_status(handle, run_store.uri) as end, Signals() as signals:
         tracking.describe_run(handle, config.to_dict(), _datasets(data, val_data))
         for settings in phases:
             if not _is_finished(settings.phase):
                 proposals = _propose(settings.phase, data, job.run)
-                outcome = _fit(replace(settings, proposals=proposals), _scaling(job, use_gpu))
+                settings = replace(settings, proposals=proposals)
+                outcome = _fit(settings, _scaling(job, use_gpu), signals)
     seconds = time.monotonic() - started
     return TrainSummary(handle.run_id, run_store.uri_of("model"), outcome, seconds, end.unsent)
 
@@ -292,7 +298,7 @@ def _scaling(job: TrainJob, use_gpu: bool) -> ScalingConfig:
     )
 
 
-def _fit(settings: WorkerSettings, scaling: ScalingConfig) -> Outcome:
+def _fit(settings: WorkerSettings, scaling: ScalingConfig, signals: Signals) -> Outcome:
     # Ray keeps its own small notes under a name of this attempt: ours is the state that training resumes from, so
     # neither a finished attempt nor another version of Ray stands in the way.
     store = open_store(settings.phase.uri)
@@ -307,15 +313,22 @@ def _fit(settings: WorkerSettings, scaling: ScalingConfig) -> Outcome:
             name=f"attempt-{time.time_ns() // 1_000_000}",
             storage_path=f"{settings.phase.run_uri}/ray",
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[EndOfTries(settings.phase.uri)],  # type: ignore[list-item]  # what Train v2 takes
+            # of controller and workers; what Train v2 takes
+            callbacks=[EndOfTries(settings.phase.uri), NoteTermination(), WatchPreemptions()],  # type: ignore[list-item]
             logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]  # Train v2 has it
         ),
     )
+    settings.request.withdraw()
     try:
-        trainer.fit()
+        signals.wait_for(trainer.fit, settings.request.make)
     except TrainingFailedError as error:
         raise plain_error(error, _newest_checkpoint(settings.phase)) from error
-    return patiently(lambda: _read_outcome(store))
+    finally:
+        settings.request.withdraw()
+    outcome = patiently(lambda: _read_outcome(store))
+    if signals.received and (outcome.stopped or not settings.phase.is_last):
+        raise Stopped(signals.received, _newest_checkpoint(settings.phase))
+    return outcome
 
 
 def _read_outcome(store: Store) -> Outcome:

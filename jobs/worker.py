@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -30,6 +30,8 @@ from jobs.guards import (
     too_large,
 )
 from jobs.meter import Meter, progress_line
+from jobs.orders import Order, Orders, StopRequest, WorkersEndedError, termination
+from jobs.progress import Bar, counted
 from jobs.ranks import all_image_ids, gather, mean_over_ranks, same_on_all_ranks
 from jobs.schedule import PhaseOfRun
 from jobs.tracking import RunHandle
@@ -61,6 +63,8 @@ class Outcome:
     """Of the last evaluation; none where a phase does not end with a whole detector"""
     images_per_second: float = 0.0
     """Of training proper, over all workers; 0 if nothing was left to train"""
+    stopped: bool = False
+    """Whether it was told to end before its last step"""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,10 @@ class WorkerSettings:
     run: RunHandle
     weights: str | None
     phase: PhaseOfRun
+    request: StopRequest
+    """The driver's way to end it"""
+    bars: bool = False
+    """Whether the driver has a terminal for bars"""
     proposals: str | None = None
     """URI of those that the phase trains on"""
 
@@ -86,7 +94,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     settings: WorkerSettings = loop_config["settings"]
     worker = _Worker(settings)
     try:
-        outcome = worker.run()
+        with termination.noted():
+            outcome = worker.run()
     finally:
         worker.end_log()
     if ray.train.get_context().get_world_rank() == 0:
@@ -119,16 +128,22 @@ class _Worker:
             distributed = DistributedDataParallel(part, gradient_as_bucket_view=True)
         self.engine = Engine(distributed or part, self.config, device)
         self.meter = Meter(self.config)
+        self.orders = Orders(settings.request, rank=self.rank, world_size=self.world_size)
+        self.saved_step = 0
+        self._shows_bars = settings.bars and self.rank == 0
         self.skipped = 0  # steps with a loss that was not finite, of this attempt
 
     def run(self) -> Outcome:
         """Train what is left, evaluate, export the model."""
         self._go_on()
         metrics: dict[str, float] | None = None
-        with closing(self._stream()) as stream:  # type: ignore[type-var]
+        with closing(self._stream()) as stream, self._bar() as bar:
             while self.engine.step < self.config.steps:
                 self._train_step(stream)
+                bar.move(self.engine.step, self.meter.note())
                 metrics = self._after_step()
+                if self.engine.step < self.config.steps and self._heed_orders() is Order.STOP:
+                    return Outcome(self._step_of_run, stopped=True)
         self._export()
         if metrics is None:  # nothing was left to train
             metrics = self._evaluate()
@@ -146,21 +161,20 @@ class _Worker:
         else:
             self._say(f"beginning with {workers}")
 
-    def _stream(self) -> Iterator[Batch]:
+    def _bar(self) -> Bar:
+        bar = Bar(f"{self.phase.label}training", self.config.steps, "step", shown=self._shows_bars)
+        bar.move(self.engine.step)
+        return bar
+
+    def _stream(self) -> Generator[Batch]:
         proposals = self.settings.proposals
-        return batches(
+        return training_stream(
+            self.config,
             self.data,
-            seed=self.config.seed,
-            global_batch=self.config.global_batch,
             rank=self.rank,
             world_size=self.world_size,
-            images_at_once=self.config.images_at_once,
             start_images=self.phase.first_step * self.config.global_batch + self.engine.images_seen,
-            aspect_groups=self.config.aspect_groups,
-            augmentation=augmentation_of(self.config),
             pin_memory=self.engine.device.type == "cuda",
-            threads=self.config.loader_threads,
-            network_input=self.config.model.input,
             proposals=ProposalDataset(proposals, self.data.manifest) if proposals else None,
         )
 
@@ -203,14 +217,25 @@ class _Worker:
         self.meter.restart()
         return metrics
 
+    def _heed_orders(self) -> Order:
+        """Save if that is asked for. Raises WorkersEndedError, on all ranks, where one of them was told to end."""
+        order = self.orders.at(self.engine.step)
+        if order >= Order.SAVE:
+            if self.saved_step != self.engine.step:
+                if self.meter.losses:
+                    self._log()
+                self._save()
+            self.meter.restart()
+        if order is Order.RESTART:
+            raise WorkersEndedError("a training worker was told to end (SIGTERM); the others ended with it")
+        return order
+
     def _save(self) -> None:
         """Every rank looks at the weights, which are the same, so that all of them stop if they are spoilt."""
-        step = self.engine.step
+        step = self.saved_step = self.engine.step
         check_finite_weights(self.model, step)
         if self.logger:
-            patiently(
-                self.logger.keep
-            )  # what is due before a checkpoint is not logged again by those who go on from it
+            patiently(self.logger.keep)  # what is due is not logged again by those who go on from it
             progress = Progress(step, self.engine.images_seen, self.config.seed, self.data.manifest.digest)
             self.checkpoints.save(self.model, self.engine, progress, keep=self.config.keep_checkpoints)
 
@@ -224,7 +249,9 @@ class _Worker:
             skipped = {"train/skipped_batches": float(self.skipped)} if self.config.skips_allowed else {}
             perf = {**speed, **gpu_memory(self.engine.device), "perf/workers": float(self.world_size)}
             self.logger.metrics({**perf, "train/learning_rate": rate, **skipped}, self._step_of_run)
-        self._say(progress_line(step, self.config.steps, losses, speed, self.config.global_batch))
+        self.meter.last_loss = losses.get("loss")
+        if not self._shows_bars:
+            self._say(progress_line(step, self.config.steps, losses, speed, self.config.global_batch))
 
     def _checked(self, steps: Tensor, image_ids: list[list[int]]) -> dict[str, float]:
         """Means of the losses of the steps since the last report, over all ranks. Raises NonFiniteLossError, on all
@@ -254,7 +281,8 @@ class _Worker:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
         mine = range(self.rank, len(self.val_data), self.world_size)
-        rows = gather(judge_rows(self.model, self.val_data, mine), self.rank, self.world_size)
+        seen = counted(mine, "evaluation", len(mine), "image", shown=self._shows_bars)
+        rows = gather(judge_rows(self.model, self.val_data, seen), self.rank, self.world_size)
         if self.logger is None:
             return {}
         found = metrics_of(rows, self.val_data.categories, found_kinds(self.config.model))
@@ -289,6 +317,34 @@ class _Worker:
     def _say(self, line: str) -> None:
         if self.rank == 0:
             print(f"{self.phase.label}{line}", flush=True)
+
+
+def training_stream(
+    config: TrainConfig,
+    data: ShardDataset,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_images: int = 0,
+    pin_memory: bool = False,
+    proposals: ProposalDataset | None = None,
+) -> Generator[Batch]:
+    """A worker's share of the batches of a training, from a place in the order of images on."""
+    yield from batches(
+        data,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        rank=rank,
+        world_size=world_size,
+        images_at_once=config.images_at_once,
+        start_images=start_images,
+        aspect_groups=config.aspect_groups,
+        augmentation=augmentation_of(config),
+        pin_memory=pin_memory,
+        threads=config.loader_threads,
+        network_input=config.model.input,
+        proposals=proposals,
+    )
 
 
 def augmentation_of(config: TrainConfig) -> Augmentation:

@@ -1,0 +1,195 @@
+"""Trainings that are told to end, and one whose node is taken away: they save first, and the weights show no trace."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from cli_process import Commands, Running, commands
+from models import SMALL
+from ray_nodes import Nodes, ray_nodes
+from safetensors.numpy import load_file
+
+from jobs import tracking
+from jobs.checkpoint import Checkpoints
+from jobs.config import OptimizerConfig, TrainConfig, TrainJob
+from jobs.stopping import Signals, Stopped
+from jobs.train import train
+
+pytestmark = pytest.mark.usefixtures("mlflow_store")
+
+CONFIG = TrainConfig(
+    model=SMALL,
+    optimizer=OptimizerConfig(base_lr=0.02, warmup_steps=4),
+    steps=120,
+    global_batch=2,
+    log_every=2,
+    evaluate_every=1000,
+    checkpoint_every=1000,
+    keep_checkpoints=9,
+    pictures=0,
+)
+
+
+@pytest.fixture(scope="module")
+def job(toy_shards: str, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
+    storage = str(tmp_path_factory.mktemp("runs"))
+    return TrainJob(data=toy_shards, val_data=toy_shards, storage=storage, run="undisturbed", workers=2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: TrainJob, mlflow_store: None) -> dict[str, bytes]:
+    """Weights at the end of a run that nobody disturbs."""
+    train(job, CONFIG)
+    return weights(job, "undisturbed")
+
+
+@pytest.fixture
+def mrcnn(tmp_path: Path) -> Iterator[Commands]:
+    with commands(tmp_path, {**os.environ, "PYTHONUNBUFFERED": "1"}) as mrcnn:
+        yield mrcnn
+
+
+def weights(job: TrainJob, run: str) -> dict[str, bytes]:
+    file = Path(job.storage, run, "model/model.safetensors")
+    return {name: value.tobytes() for name, value in load_file(file).items()}
+
+
+def start(mrcnn: Commands, job: TrainJob, run: str, *more: str, **environment: str) -> Running:
+    return mrcnn.start(
+        "train", "--config", f"{job.storage}/undisturbed/run.json", "--data", job.data, "--val-data", job.val_data,
+        "--storage", job.storage, "--run", run, "--workers", "2", *more, **environment,
+    )  # fmt: skip
+
+
+def wait_for(running: Running, condition: Callable[[], object], seconds: float = 180.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert running.process.exitcode is None, (running.out, running.err)
+        assert time.monotonic() < until, (running.out, running.err)
+        time.sleep(0.05)
+
+
+def training_workers(running: Running) -> list[psutil.Process]:
+    children = psutil.Process(running.process.pid).children(recursive=True)
+    return [each for each in children if "RayTrainWorker" in " ".join(each.cmdline())]
+
+
+def step_of(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, text
+    return int(found[1])
+
+
+def test_told_to_end_it_saves_and_goes_on(mrcnn: Commands, job: TrainJob, undisturbed: dict[str, bytes]) -> None:
+    """First one worker of two gets SIGTERM, then the driver."""
+    running = start(mrcnn, job, "told", "--cpus", "2")
+    wait_for(running, lambda: "step 4/120" in running.out)
+    training_workers(running)[-1].terminate()
+    wait_for(running, lambda: "going on from" in running.out)
+    restarted = step_of(r"checkpoints at step (\d+)", running.out)
+    wait_for(running, lambda: f"step {restarted + 2 - restarted % 2}/120" in running.out)
+    os.kill(running.process.pid or 0, signal.SIGTERM)
+    done = running.wait(60)
+    assert done.code == 143, done
+    stopped = step_of(r"mrcnn: stopped by SIGTERM; the newest checkpoint .* is of step (\d+): .* --resume", done.err)
+    assert 4 <= restarted < stopped < 120
+    assert Checkpoints(f"{job.storage}/told").steps() == [restarted, stopped]
+    assert tracking.find_run("told").info.status == "KILLED"
+
+    done = start(mrcnn, job, "told", "--cpus", "2", "--resume").wait()
+    assert done.code == 0, done
+    assert f"checkpoints at step {stopped}" in done.out
+    assert weights(job, "told") == undisturbed
+    run = tracking.find_run("told")
+    assert run.info.status == "FINISHED"
+    steps = [each.step for each in tracking.client().get_metric_history(run.info.run_id, "train/loss")]
+    assert set(range(2, 121, 2)) <= set(steps) <= {*range(2, 121, 2), restarted, stopped}
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    with ray_nodes([{}, {}, {}], {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}) as nodes:
+        yield nodes
+
+
+def test_a_node_that_will_be_taken_away(
+    nodes: Nodes, mrcnn: Commands, job: TrainJob, undisturbed: dict[str, bytes]
+) -> None:
+    environment = {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}", **nodes.client_environment}
+    running = start(mrcnn, job, "moved", **environment)
+    wait_for(running, lambda: "step 4/120" in running.out)
+    node = drain_a_training_node(nodes, seconds=6)
+    checkpoints = Checkpoints(f"{job.storage}/moved")
+    told = time.monotonic()
+    wait_for(running, checkpoints.steps)
+    assert time.monotonic() - told < 6
+    done = running.wait()
+    assert done.code == 0, done
+    restarted = step_of(r"checkpoints at step (\d+)", running.out)
+    assert restarted in checkpoints.steps()
+    assert 4 <= restarted < 120
+    assert weights(job, "moved") == undisturbed
+    assert node not in {actor["node_id"] for actor in training_actors(nodes)[-2:]}
+
+
+def training_actors(nodes: Nodes) -> list[dict[str, str]]:
+    """Oldest first."""
+    answer = nodes.ask("/api/v0/actors?limit=100&detail=1")
+    actors = answer["data"]["result"]["result"]
+    return sorted((a for a in actors if a["class_name"] == "RayTrainWorker"), key=lambda actor: actor["start_time_ms"])
+
+
+def drain_a_training_node(nodes: Nodes, seconds: int) -> str:
+    node = training_actors(nodes)[-1]["node_id"]
+    program = str(Path(sys.executable).with_name("ray"))
+    subprocess.run(
+        [program, "drain-node", f"--address=127.0.0.1:{nodes.port}", f"--node-id={node}",
+         "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", f"--deadline-remaining-seconds={seconds}"],
+        env=nodes.environment, check=True, capture_output=True,
+    )  # fmt: skip
+    return node
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    asked: list[str] = []
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not asked:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    started = time.monotonic()
+    with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped, Signals() as signals:
+        signals.wait_for(work, lambda: asked.append("to stop"))
+    assert asked == ["to stop"]
+    assert stopped.value.exit_code == 143
+    assert time.monotonic() - started < 10
+
+
+def test_signals_outside_of_the_work_end_it_and_are_as_before_after_the_block() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by SIGINT"), Signals():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_workers_that_do_not_end_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.stopping.DRIVER_SECONDS", 0.1)
+
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    with pytest.raises(Stopped, match="the workers have not ended in"), Signals() as signals:
+        signals.wait_for(work, lambda: None)
