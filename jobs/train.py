@@ -48,7 +48,7 @@ RUN_FILE = "run.json"
 # What may differ when a run goes on, beside optimizer.*: neither the model nor the order of images hangs on it.
 MAY_CHANGE = {
     "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "loader_threads", "pictures",
-    "images_at_once", "on_nan",
+    "images_at_once", "on_nan", "compile",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.checkpoint import Checkpoints, Progress
+from jobs.compiled import compile_backbones
 from jobs.config import TrainConfig
 from jobs.engine import Engine, learning_rate
 from jobs.evaluate import found_kinds, judge_rows, metrics_of
@@ -120,6 +121,8 @@ class _Worker:
         device = get_device()
         self.model = initial_model(settings, self.data.categories)
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.config.compile:
+            compile_backbones(self.model)
         part = TrainedPart(self.model, self.phase.phase.part, self.phase.phase.learns)
         distributed = None
         if self.world_size > 1:

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ CONFIG = TrainConfig(
 def shown_on_a_terminal(words: list[str], environment: dict[str, str]) -> str:
     """What a command writes to a terminal, control characters and all."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 160))
     process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     shown = b""
@@ -48,7 +50,7 @@ def test_a_terminal_shows_bars_and_no_lines(toy_shards: str, tmp_path: Path) -> 
     shown = shown_on_a_terminal(
         [sys.executable, "-m", "jobs.cli", "train", "--config", str(config), "--data", toy_shards, "--val-data",
          toy_shards, "--storage", str(tmp_path), "--run", "shown", "--cpus", "1"],
-        {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "COLUMNS": "160"},
+        {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"},
     )  # fmt: skip
     (tmp_path / "shown.txt").write_text(shown)
     note = r"training loss \d+\.\d+, \d+\.\d images/s, data-wait \d+%"
