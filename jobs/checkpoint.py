@@ -4,6 +4,10 @@
 one whose digests differ is never loaded: training goes on from the one before. Nothing is pickled. What a checkpoint
 holds is all that training needs to go on: the schedule is a function of the step, the order of images and all
 randomness a function of (seed, images seen).
+
+A checkpoint that is to be evaluated says so by a file `to-evaluate` from its first moment on, and is due until there is
+`evaluation.json` beside it, whoever writes that and however often its writer is killed before. `best.json` beside the
+folders names the best one. The newest ones, the best one and those that are due stay.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,12 +27,13 @@ from torch import Tensor, nn
 
 from jobs.engine import Engine
 from mrcnn.model import MaskRCNN
-from mrcnn.weights import WEIGHTS_FILE, model_files, state_bytes
+from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE, model_files, state_bytes
 from pipelines.patience import patiently
 from pipelines.storage import Store, open_store
 
 OPTIMIZER_FILE, MANIFEST_FILE = "optimizer.safetensors", "checkpoint.json"
 REFUSED_FILE = "refused.json"  # the manifest of a damaged checkpoint, which is none any more
+EVALUATE_FILE, EVALUATION_FILE, BEST_FILE = "to-evaluate", "evaluation.json", "best.json"
 FORMAT = "mrcnn-checkpoint-1"
 
 
@@ -54,6 +59,19 @@ class Progress:
     """Of the training shards' manifest."""
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best checkpoint of a run so far."""
+
+    step: int
+    """Of the run"""
+    measure: str
+    """What it is the best by, as val/mask_AP"""
+    value: float
+    checkpoint: str
+    """Name of its folder, beside the file that says so"""
+
+
 class Checkpoints:
     """The checkpoints of one run, below `<storage>/<run>/checkpoints`, or of one of its phases."""
 
@@ -62,11 +80,18 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        pattern = re.compile(rf"step-(\d+)/{re.escape(MANIFEST_FILE)}")
-        return sorted(int(found[1]) for name in self.store.list((MANIFEST_FILE,)) if (found := pattern.fullmatch(name)))
+        return list(self._complete())
 
-    def save(self, model: MaskRCNN, engine: Engine, progress: Progress, *, keep: int) -> str:
-        """Write a checkpoint and remove all but the newest `keep`. Returns its URI.
+    def due(self) -> list[int]:
+        """Steps of those that are to be evaluated and are not yet, ascending."""
+        return [step for step, files in self._complete().items() if _is_due(files)]
+
+    def uri(self, step: int) -> str:
+        """Folder of a checkpoint, which is a model's, too."""
+        return self.store.uri_of(_folder(step))
+
+    def save(self, model: MaskRCNN, engine: Engine, progress: Progress, *, keep: int, to_evaluate: bool = False) -> str:
+        """Write a checkpoint and remove what `prune` does. Returns its URI.
 
         Waits for a storage that does not answer. Raises ValueError where it cannot be written, as on a full disk: then
         there is nothing of it.
@@ -81,13 +106,15 @@ class Checkpoints:
             "progress": asdict(progress),
             "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         }
+        if to_evaluate:
+            files[EVALUATE_FILE] = b"{}\n"
         try:
             patiently(lambda: _write(folder, files, manifest))
         except ValueError:
             with suppress(ValueError):  # what could not be written whole only takes room
                 self.store.remove_folder(_folder(progress.step))
             raise
-        patiently(lambda: self._prune(keep))
+        patiently(lambda: self.prune(keep))
         return folder.uri
 
     def restore_newest(self, model: MaskRCNN, engine: Engine) -> int:
@@ -117,15 +144,72 @@ class Checkpoints:
         it is of another model or format.
         """
         files, progress = patiently(lambda: self._read(step))
-        _load_model(model, load(files[WEIGHTS_FILE]), self.store.uri_of(_folder(step)))
+        _load_model(model, load(files[WEIGHTS_FILE]), self.uri(step))
         _set_momentum(model, engine.optimizer, load(files[OPTIMIZER_FILE]))
         engine.step = progress.step
         return progress
 
+    def read_model(self, step: int) -> dict[str, bytes]:
+        """The files of a checkpoint's model, and none of the optimizer's. Raises DamagedCheckpointError."""
+
+        def read() -> dict[str, bytes]:
+            digests, _ = self._manifest(step)
+            return self._verified(step, {name: digests[name] for name in (WEIGHTS_FILE, CONFIG_FILE)})
+
+        return patiently(read)
+
+    def mark_to_evaluate(self, step: int) -> None:
+        """From now on a checkpoint is due, if it is not evaluated already."""
+        patiently(lambda: self.store.write_bytes(f"{_folder(step)}/{EVALUATE_FILE}", b"{}\n"))
+
+    def write_evaluation(self, step: int, content: Mapping[str, Any]) -> None:
+        """What came of the evaluation of a checkpoint, which is not due any more."""
+        data = json.dumps(content, indent=1, allow_nan=False).encode()
+        patiently(lambda: self.store.write_bytes(f"{_folder(step)}/{EVALUATION_FILE}", data))
+
+    def forget_evaluation(self, step: int) -> None:
+        """Where a checkpoint is still there and evaluated, its evaluation is due again."""
+        if EVALUATION_FILE in self._complete().get(step, ()):
+            self.store.remove(f"{_folder(step)}/{EVALUATION_FILE}")
+
+    def best(self) -> Best | None:
+        """The best checkpoint, if one was evaluated."""
+        if not self.store.exists(BEST_FILE):
+            return None
+        return Best(**json.loads(self.store.read_bytes(BEST_FILE)))
+
+    def name_best(self, step: int, *, step_of_run: int, measure: str, value: float) -> None:
+        """Say which one is the best: it stays."""
+        data = json.dumps(asdict(Best(step_of_run, measure, value, _folder(step))), indent=1).encode()
+        patiently(lambda: self.store.write_bytes(BEST_FILE, data))
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep`, the best one, and those that are due."""
+        complete = self._complete()  # before the best: one that is not due any more may have become it
+        old = list(complete)[:-keep]
+        best = self.best() if old else None
+        for step in old:
+            if not _is_due(complete[step]) and (best is None or best.checkpoint != _folder(step)):
+                # its manifest first, so that a half-removed checkpoint is none
+                self.store.remove(f"{_folder(step)}/{MANIFEST_FILE}")
+                self.store.remove_folder(_folder(step))
+
+    def _complete(self) -> dict[int, set[str]]:
+        """The complete checkpoints by their steps, ascending: which of the files that tell their state there are."""
+        pattern = re.compile(r"step-(\d+)/([^/]+)")
+        found: dict[int, set[str]] = {}
+        for name in self.store.list((MANIFEST_FILE, EVALUATE_FILE, EVALUATION_FILE)):
+            if match := pattern.fullmatch(name):
+                found.setdefault(int(match[1]), set()).add(match[2])
+        return {step: found[step] for step in sorted(found) if MANIFEST_FILE in found[step]}
+
     def _read(self, step: int) -> tuple[dict[str, bytes], Progress]:
         """All files of a checkpoint but its manifest, which they are compared with."""
-        folder = self.store.join(_folder(step))
         digests, progress = self._manifest(step)
+        return self._verified(step, digests), progress
+
+    def _verified(self, step: int, digests: Mapping[str, str]) -> dict[str, bytes]:
+        folder = self.store.join(_folder(step))
         try:
             files = {name: folder.read_bytes(name) for name in digests}
         except FileNotFoundError as error:
@@ -133,7 +217,7 @@ class Checkpoints:
         for name, data in files.items():
             if hashlib.sha256(data).hexdigest() != digests[name]:
                 raise DamagedCheckpointError(f"{folder.uri_of(name)} is not what was written")
-        return files, progress
+        return files
 
     def _manifest(self, step: int) -> tuple[dict[str, str], Progress]:
         """Digests by file name, and how far it is."""
@@ -144,7 +228,7 @@ class Checkpoints:
             if manifest["format"] != FORMAT:
                 raise WrongFormatError(f"{self.store.uri_of(name)} is not of format {FORMAT!r}: start a new run")
             digests, progress = manifest["sha256"], Progress(**manifest["progress"])
-            is_whole = digests.keys() >= {WEIGHTS_FILE, OPTIMIZER_FILE} and progress.step == step
+            is_whole = digests.keys() >= {WEIGHTS_FILE, CONFIG_FILE, OPTIMIZER_FILE} and progress.step == step
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise DamagedCheckpointError(f"{self.store.uri_of(name)} is not what was written ({error!r})") from error
         if not is_whole:
@@ -158,11 +242,14 @@ class Checkpoints:
             patiently(partial(folder.write_bytes, REFUSED_FILE, folder.read_bytes(MANIFEST_FILE)))
             patiently(partial(folder.remove, MANIFEST_FILE))
 
-    def _prune(self, keep: int) -> None:
-        for step in self.steps()[:-keep]:
-            # its manifest first, so that a half-removed checkpoint is none
-            self.store.remove(f"{_folder(step)}/{MANIFEST_FILE}")
-            self.store.remove_folder(_folder(step))
+
+def load_model_files(model: nn.Module, files: Mapping[str, bytes], uri: str) -> None:
+    """Load what `Checkpoints.read_model` of the checkpoint at `uri` has read. Raises ValueError for another model's."""
+    _load_model(model, load(files[WEIGHTS_FILE]), uri)
+
+
+def _is_due(files: Collection[str]) -> bool:
+    return EVALUATE_FILE in files and EVALUATION_FILE not in files
 
 
 def _folder(step: int) -> str:
@@ -171,8 +258,9 @@ def _folder(step: int) -> str:
 
 def _write(folder: Store, files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
     folder.remove_leftovers()  # of a writer that was killed here
-    if folder.exists(MANIFEST_FILE):  # of a run that went on from an earlier one; while it is replaced, it is none
-        folder.remove(MANIFEST_FILE)
+    for name in (MANIFEST_FILE, EVALUATE_FILE, EVALUATION_FILE):  # of a run that went on from an earlier one
+        if folder.exists(name):  # the manifest first: while the checkpoint is replaced, it is none
+            folder.remove(name)
     for name, data in files.items():
         folder.write_bytes(name, data)
     folder.write_bytes(MANIFEST_FILE, json.dumps(manifest, indent=2).encode())

@@ -143,17 +143,18 @@ def evaluate(model: str, data: str, out: str | None = None, cpus: int | None = N
         print(run(model, data, out))
 
 
-def register(run: str, name: str) -> None:
+def register(run: str, name: str, best: bool = False) -> None:
     """Make a version of a registered model from a training run.
 
     Args:
         run: The run's name or id in MLflow.
         name: Name of the registered model.
+        best: Take the run's best checkpoint, not the model of its last step.
     """
     from jobs.registry import register as run_register
 
-    version = run_register(run, name)
-    print(f"registered {run} as models:/{name}/{version}")
+    version = run_register(run, name, best=best)
+    print(f"registered {'the best of ' if best else ''}{run} as models:/{name}/{version}")
 
 
 def promote(name: str, version: int, alias: str = "champion") -> None:

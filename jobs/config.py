@@ -63,6 +63,9 @@ class TrainJob:
     weights: str | None = None
     """Local file to start from: an ImageNet body (torchvision's .pth, detectron2's .pkl) or a whole model (its
     .safetensors, or torchvision's or detectron2's own file)."""
+    evaluate_beside: Literal["auto", "no"] = "auto"
+    """auto: where the cluster has a GPU more than the workers take (a CPU, where it has no GPUs), checkpoints are
+    evaluated there while training goes on; elsewhere, as with no, training waits for it. The numbers are the same."""
     experiment: str = "mask-rcnn"
     """MLflow experiment; one for each data set keeps runs comparable."""
 
@@ -160,11 +163,11 @@ class TrainConfig:
     log_every: int = 20
     """Steps between two reports of losses; only then does the host wait for the device."""
     evaluate_every: int = 5000
-    """Steps between two evaluations on the validation data; there is always one at the end."""
+    """Steps between two evaluations on the validation data, each of a checkpoint; there is always one at the end."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints; there is always one at the end."""
     keep_checkpoints: int = 3
-    """How many of the newest checkpoints stay."""
+    """How many of the newest checkpoints stay; so do the best one, and those that wait for their evaluation."""
     loader_threads: int = 2
     """Threads that read and decode images in each worker."""
     pictures: int = 4

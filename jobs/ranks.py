@@ -38,6 +38,16 @@ def same_on_all_ranks(number: int, world_size: int, device: torch.device) -> int
     return int(shared)
 
 
+def list_of_rank_0(numbers: list[int], world_size: int) -> list[int]:
+    """Rank 0's numbers."""
+    if world_size == 1:
+        return numbers
+    shared: list[Any] = [numbers]
+    dist.broadcast_object_list(shared, src=0)
+    found: list[int] = shared[0]
+    return found
+
+
 def gather(rows: list[JudgedRow], rank: int, world_size: int) -> list[JudgedRow]:
     """All ranks' rows on rank 0; elsewhere an empty list."""
     if world_size == 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import math
 import os
@@ -28,6 +29,7 @@ from mlflow.types.schema import Array, Object, Property
 from PIL import Image
 
 from jobs import tracking
+from jobs.checkpoint import EVALUATION_FILE
 from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE, load_model
 from pipelines.storage import open_store
 
@@ -98,19 +100,21 @@ def resolve_model(uri: str) -> ResolvedModel:
     return ResolvedModel(uri, f"models:/{found.name}/{found.version}", files)
 
 
-def register(run: str, name: str) -> int:
-    """Make the model of a run (its name or id) the next version of `name`. Returns the version's number.
+def register(run: str, name: str, *, best: bool = False) -> int:
+    """Make the model of a run (its name or id), or the `best` of its checkpoints, the next version of `name`. Returns
+    the version's number.
 
     Raises ValueError for an unknown run, or one without a model or an evaluation.
     """
     found = tracking.find_run(run)
-    model_uri, metrics = found.data.tags.get(tracking.MODEL_URI_TAG), found.data.metrics
-    measured = [key for key in tracking.MEASURES if key in metrics]
+    model_uri = found.data.tags.get(tracking.BEST_TAG if best else tracking.MODEL_URI_TAG)
+    metrics = _metrics_of_checkpoint(model_uri) if best and model_uri else found.data.metrics
+    measured = [key for key in tracking.MEASURES if metrics.get(key) is not None]
     if model_uri is None or not measured or found.info.status != "FINISHED":
         raise ValueError(f"run {run!r} ({found.info.status}) has no evaluated model: let its training finish first")
     model = resolve_model(model_uri)
     tags = {key: value for key, value in found.data.tags.items() if key.startswith("mrcnn.")}
-    tags |= {key: str(metrics[key]) for key in measured}
+    tags |= {tracking.MODEL_URI_TAG: model_uri, **{key: str(metrics[key]) for key in measured}}
     tags["mrcnn.weights_sha256"] = model.sha256[WEIGHTS_FILE]
     with tracking.readable_errors():
         store = tracking.client()
@@ -121,6 +125,11 @@ def register(run: str, name: str) -> int:
             name, source=f"models:/{model_id}", run_id=found.info.run_id, tags=tags, model_id=model_id
         )
     return int(made.version)
+
+
+def _metrics_of_checkpoint(uri: str) -> dict[str, float | None]:
+    metrics: dict[str, float | None] = json.loads(open_store(uri).read_bytes(EVALUATION_FILE))["metrics"]
+    return metrics
 
 
 def promote(name: str, version: int, alias: str = CHAMPION, *, force: bool = False) -> None:

@@ -2,8 +2,8 @@
 
 Whoever puts something in never waits for the receiver: a thread sends it, in order, and tries again with growing
 pauses. What is not sent yet is in memory, and in files of the spool's folder once it has to outlive the process
-(`keep`) or becomes much. A spool sends first what earlier ones have left in its folder. Everything arrives at least
-once, in case of doubt twice: the receiver has to be one that takes the same thing twice without harm.
+(`keep`) or becomes much. A spool sends first what others have left in its folder, be they dead or alive. Everything
+arrives at least once, in case of doubt twice: the receiver has to be one that takes the same thing twice without harm.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
@@ -161,11 +162,10 @@ class Spool:
             items = []  # another process has sent it
         if items:
             self._deliver(items)
-            self.store.remove(name)
+            with suppress(FileNotFoundError):
+                self.store.remove(name)
+        self.store.remove_empty_folders(folder)  # another process may be about to write more into it
         assert self._kept is not None
-        others = [other for other in self._kept if other != name]
-        if not any(other.startswith(f"{folder}/") for other in others):
-            self.store.remove_folder(folder)
         with self._changed:
             self._kept.remove(name)
             self._count_progress()

@@ -40,6 +40,11 @@ MODEL_URI_TAG = "mrcnn.model_uri"
 VAL_DIGEST_TAG = "mrcnn.val_digest"
 """Digest of the validation shards that the run's val/ metrics were measured on."""
 
+BEST_TAG = "mrcnn.best_checkpoint"
+"""Folder of a run's best checkpoint, which is a model's, too."""
+UNEVALUATED_TAG = "mrcnn.failed_evaluations"
+"""Steps of a run that could not be evaluated, and why."""
+
 MEASURES = ("val/mask_AP", "val/keypoint_AP", "val/box_AP")
 """What tells which of two models is better: the first of these that was measured."""
 

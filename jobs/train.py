@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from jobs import tracking
+from jobs.beside import evaluates_beside, evaluating_beside
 from jobs.checkpoint import Checkpoints
 from jobs.cluster import cluster_size
 from jobs.config import TrainConfig, TrainJob, WorkerRange
@@ -32,7 +33,8 @@ from jobs.ray_callbacks import NoteTermination, WatchPreemptions
 from jobs.registry import resolve_model
 from jobs.schedule import PhaseOfRun, phase_uris, phases_of_run
 from jobs.stopping import Signals, Stopped
-from jobs.tracking_log import Unsent, replay, run_status, unsent
+from jobs.summary import TrainSummary, summary_of
+from jobs.tracking_log import replay, run_status, unsent
 from jobs.worker import OUTCOME_FILE, Outcome, WorkerSettings, train_worker
 from mrcnn.model import MaskRCNN
 from mrcnn.weights import load_weights
@@ -52,27 +54,6 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TrainSummary:
-    """What came of a training."""
-
-    run_id: str
-    model_uri: str
-    outcome: Outcome
-    seconds: float
-    unsent: Unsent | None = None
-    """What MLflow has not got"""
-
-    def __str__(self) -> str:
-        ap = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in self.outcome.metrics.items())
-        return (
-            f"trained to step {self.outcome.step} in {self.seconds:.0f} s, "
-            f"{self.outcome.images_per_second:.1f} images/s\n"
-            f"{ap}\nmodel       {self.model_uri}\nMLflow run  {self.run_id}"
-            + (f"\n{self.unsent}" if self.unsent else "")
-        )
-
-
 def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     """Train, evaluate and export a model; Ray must be running.
 
@@ -88,10 +69,14 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
     request, bars = StopRequest(handle.run_id), sys.stderr.isatty()
+    beside = evaluates_beside(job, use_gpu=use_gpu)
     phases = [
-        WorkerSettings(config, data.uri, val_data.uri, handle, weights, phase, request, bars)
+        WorkerSettings(
+            config, data.uri, val_data.uri, handle, weights, phase, request, bars=bars, evaluate_beside=beside
+        )
         for phase in phases_of_run(config, run_store.uri)
     ]
+    phases[-1].validation.retry_failures()
     started = time.monotonic()
     with run_status(handle, run_store.uri) as end, Signals() as signals:
         tracking.describe_run(handle, config.to_dict(), _datasets(data, val_data))
@@ -99,9 +84,11 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
             if not _is_finished(settings.phase):
                 proposals = _propose(settings.phase, data, job.run)
                 settings = replace(settings, proposals=proposals)
-                outcome = _fit(settings, _scaling(job, use_gpu), signals)
+                with evaluating_beside(settings, workers=job.worker_range.most, use_gpu=use_gpu):
+                    outcome = _fit(settings, _scaling(job, use_gpu), signals)
+        patiently(lambda: phases[-1].validation.checkpoints.prune(config.keep_checkpoints))  # waited for until now
     seconds = time.monotonic() - started
-    return TrainSummary(handle.run_id, run_store.uri_of("model"), outcome, seconds, end.unsent)
+    return summary_of(phases[-1], outcome, seconds=seconds, unsent=end.unsent)
 
 
 def _is_finished(phase: PhaseOfRun) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -16,12 +17,11 @@ from ray.train.torch import get_device
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from jobs.checkpoint import Checkpoints, Progress
+from jobs.checkpoint import Checkpoints, DamagedCheckpointError, Progress, load_model_files
 from jobs.compiled import compile_backbones
 from jobs.config import TrainConfig
 from jobs.engine import Engine, learning_rate
 from jobs.evaluate import found_kinds, judge_rows, metrics_of
-from jobs.evaluations import Evaluations, ap_metrics
 from jobs.guards import (
     SKIPPED,
     check_finite_weights,
@@ -33,16 +33,17 @@ from jobs.guards import (
 from jobs.meter import Meter, progress_line
 from jobs.orders import Order, Orders, StopRequest, WorkersEndedError, termination
 from jobs.progress import Bar, counted
-from jobs.ranks import all_image_ids, gather, mean_over_ranks, same_on_all_ranks
+from jobs.ranks import all_image_ids, gather, list_of_rank_0, mean_over_ranks, same_on_all_ranks
+from jobs.redaction import in_one_line
 from jobs.schedule import PhaseOfRun
 from jobs.tracking import RunHandle
 from jobs.tracking_log import RunLogger
 from jobs.tracking_system import gpu_memory
+from jobs.validation import Validation, evaluation_line
 from mrcnn.distributed import train_together
 from mrcnn.model import MaskRCNN
 from mrcnn.structures import Category
 from mrcnn.training_parts import TrainedPart
-from mrcnn.visualize import draw_detections
 from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, model_files, model_from_files
 from pipelines.augment import Augmentation
 from pipelines.dataset import ShardDataset
@@ -61,7 +62,7 @@ class Outcome:
     step: int = 0
     """Of the run"""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last evaluation; none where a phase does not end with a whole detector"""
+    """Of the last step, which the driver adds; none where it could not be evaluated"""
     images_per_second: float = 0.0
     """Of training proper, over all workers; 0 if nothing was left to train"""
     stopped: bool = False
@@ -84,6 +85,13 @@ class WorkerSettings:
     """Whether the driver has a terminal for bars"""
     proposals: str | None = None
     """URI of those that the phase trains on"""
+    evaluate_beside: bool = False
+    """Whether others evaluate the checkpoints (jobs/beside.py)"""
+
+    @property
+    def validation(self) -> Validation:
+        """Of the phase's checkpoints."""
+        return Validation(self.phase, self.val_data, self.config.pictures)
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -138,19 +146,17 @@ class _Worker:
 
     def run(self) -> Outcome:
         """Train what is left, evaluate, export the model."""
+        self._evaluate_what_is_due()
         self._go_on()
-        metrics: dict[str, float] | None = None
         with closing(self._stream()) as stream, self._bar() as bar:
             while self.engine.step < self.config.steps:
                 self._train_step(stream)
                 bar.move(self.engine.step, self.meter.note())
-                metrics = self._after_step()
+                self._after_step()
                 if self.engine.step < self.config.steps and self._heed_orders() is Order.STOP:
                     return Outcome(self._step_of_run, stopped=True)
         self._export()
-        if metrics is None:  # nothing was left to train
-            metrics = self._evaluate()
-        return Outcome(self._step_of_run, metrics, self.meter.images_per_second)
+        return Outcome(self._step_of_run, images_per_second=self.meter.images_per_second)
 
     def _go_on(self) -> None:
         """Load the newest good checkpoint, if there is one: rank 0 finds it, and the others take the same."""
@@ -206,19 +212,20 @@ class _Worker:
                 raise
             raise too_large(batch.images, batch.targets, batch.image_ids, self._step_of_run + 1) from error
 
-    def _after_step(self) -> dict[str, float] | None:
-        """What is due after a step: log, save, evaluate. Returns the metrics of an evaluation."""
+    def _after_step(self) -> None:
+        """What is due after a step: log, save, evaluate."""
         step, config = self.engine.step, self.config
         is_last = step == config.steps
-        save = step % config.checkpoint_every == 0 or is_last
+        evaluate = self.phase.is_last and (step % config.evaluate_every == 0 or is_last)
+        save = step % config.checkpoint_every == 0 or evaluate or is_last
         if step % config.log_every == 0 or save:  # a checkpoint is logged, too: nothing that is not finite is kept
             self._log()
         if save:
-            self._save()
-        metrics = self._evaluate() if step % config.evaluate_every == 0 or is_last else None
+            self._save(to_evaluate=evaluate)
+        if evaluate and not self.settings.evaluate_beside:
+            self._evaluate(step)
         self.engine.model.train()  # as the phase has it: after an evaluation the bare model trains what is fixed, too
         self.meter.restart()
-        return metrics
 
     def _heed_orders(self) -> Order:
         """Save if that is asked for. Raises WorkersEndedError, on all ranks, where one of them was told to end."""
@@ -233,14 +240,16 @@ class _Worker:
             raise WorkersEndedError("a training worker was told to end (SIGTERM); the others ended with it")
         return order
 
-    def _save(self) -> None:
+    def _save(self, *, to_evaluate: bool = False) -> None:
         """Every rank looks at the weights, which are the same, so that all of them stop if they are spoilt."""
-        step = self.saved_step = self.engine.step
+        step, config = self.engine.step, self.config
+        self.saved_step = step
         check_finite_weights(self.model, step)
         if self.logger:
-            patiently(self.logger.keep)  # what is due is not logged again by those who go on from it
-            progress = Progress(step, self.engine.images_seen, self.config.seed, self.data.manifest.digest)
-            self.checkpoints.save(self.model, self.engine, progress, keep=self.config.keep_checkpoints)
+            patiently(self.logger.keep)  # what is due before is not logged again by those who go on from here
+            progress = Progress(step, self.engine.images_seen, config.seed, self.data.manifest.digest)
+            keep = config.keep_checkpoints
+            self.checkpoints.save(self.model, self.engine, progress, keep=keep, to_evaluate=to_evaluate)
 
     def _log(self) -> None:
         step = self.engine.step
@@ -273,38 +282,46 @@ class _Worker:
         losses = dict(zip(names, taken.mean(dim=0).tolist(), strict=True)) if len(taken) else {}
         return {name: value for name, value in losses.items() if name != SKIPPED}
 
-    def _evaluate(self) -> dict[str, float]:
-        """COCO AP on every validation image: each rank detects in its share, rank 0 computes and has the numbers.
-
-        Nothing in a phase after which the model is not yet a whole detector.
-        """
+    def _evaluate_what_is_due(self) -> None:
+        """Checkpoints whose evaluation was not finished when an earlier attempt was killed, and the last one in any
+        case: what is asked for now may end earlier."""
         if not self.phase.is_last:
-            return {}
-        if self.world_size > 1:  # batch norm's statistics of the last step are each rank's own: rank 0's are exported
+            return
+        if self.rank == 0 and self.config.steps in patiently(self.checkpoints.steps):
+            self.checkpoints.mark_to_evaluate(self.config.steps)
+        if self.settings.evaluate_beside:
+            return
+        due = list_of_rank_0(patiently(self.checkpoints.due) if self.rank == 0 else [], self.world_size)
+        initial = deepcopy(self.model.state_dict()) if due else {}
+        for step in due:
+            try:
+                files = self.checkpoints.read_model(step)
+            except DamagedCheckpointError as error:  # the same on every rank
+                self._tell_failure(step, error)
+            else:
+                load_model_files(self.model, files, self.checkpoints.uri(step))
+                self._evaluate(step)
+        if due:
+            self.model.load_state_dict(initial)
+
+    def _evaluate(self, step: int) -> None:
+        """COCO AP of the checkpoint of a step, which the model is: each rank detects in its share of the validation
+        images, rank 0 computes and has the numbers."""
+        if self.world_size > 1:  # batch norm's statistics of the last step are each rank's own: rank 0's are saved
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
         mine = range(self.rank, len(self.val_data), self.world_size)
         seen = counted(mine, "evaluation", len(mine), "image", shown=self._shows_bars)
         rows = gather(judge_rows(self.model, self.val_data, seen), self.rank, self.world_size)
-        if self.logger is None:
-            return {}
-        found = metrics_of(rows, self.val_data.categories, found_kinds(self.config.model))
-        metrics, evaluations = ap_metrics(found), Evaluations(self.phase.run_uri)
-        evaluations.add(self._step_of_run, found)
-        self.logger.metrics({**metrics, **evaluations.best()}, self._step_of_run)
-        self.logger.table(evaluations.table(), "per_category_AP.json")
-        self._log_pictures()
-        self.logger.keep()  # those who go on from a checkpoint of this step do not evaluate it again
-        self._say(f"step {self.engine.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-        return metrics
+        if self.logger:
+            found = metrics_of(rows, self.val_data.categories, found_kinds(self.config.model))
+            metrics = self.settings.validation.record(step, found, self.model, self.logger)
+            self._say(evaluation_line(step, metrics))
 
-    def _log_pictures(self) -> None:
-        assert self.logger is not None
-        for i in range(min(self.config.pictures, len(self.val_data))):
-            row = self.val_data.read(i)
-            (found,) = self.model.predict([row.image])
-            picture = draw_detections(row.image, found, self.val_data.categories)
-            self.logger.image(picture, f"val/image_{i}", self._step_of_run)
+    def _tell_failure(self, step: int, error: Exception) -> None:
+        if self.logger:
+            self._say(f"warning: step {step} is not evaluated: {in_one_line(error)}")
+            self.settings.validation.record_failure(step, in_one_line(error), self.logger)
 
     def end_log(self) -> None:
         """Write the rest of what is logged; the driver writes what cannot be written in a moment."""

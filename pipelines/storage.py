@@ -179,6 +179,12 @@ class Store:
                     Path(folder, file).unlink(missing_ok=True)
                 remove_empty(folder)
 
+    def remove_empty_folders(self, name: str) -> None:
+        """Remove a local folder with those below it, but none that a file is in. Elsewhere folders are but names."""
+        with plain_errors(self.uri_of(name)):
+            for folder, _, _ in os.walk(self.uri_of(name), topdown=False) if self.is_local else ():
+                remove_empty(folder)
+
     def _remove_files(self, names: Sequence[str]) -> None:
         if not self.uri.startswith("s3://"):
             for name in names:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.checkpoint import Checkpoints, Progress
+from jobs.checkpoint import Best, Checkpoints, Progress
 from jobs.config import OptimizerConfig, TrainConfig
 from jobs.engine import Engine
 from mrcnn import MaskRCNN, load_model
@@ -57,12 +57,68 @@ def test_the_newest_stay_and_the_unfinished_do_not_count(small_model: MaskRCNN, 
     assert checkpoints.steps() == [10]
 
 
+def test_the_best_and_those_that_are_due_stay(small_model: MaskRCNN, tmp_path: Path) -> None:
+    engine, checkpoints = engine_for(small_model), Checkpoints(str(tmp_path))
+
+    def save(step: int, *, to_evaluate: bool) -> None:
+        at_step = replace(progress(engine), step=step)
+        checkpoints.save(small_model, engine, at_step, keep=1, to_evaluate=to_evaluate)
+
+    assert checkpoints.best() is None
+    for step in (1, 2, 3):
+        save(step, to_evaluate=step < 3)
+    assert checkpoints.due() == [1, 2]
+    assert checkpoints.steps() == [1, 2, 3]
+    checkpoints.name_best(1, step_of_run=11, measure="val/mask_AP", value=0.5)
+    checkpoints.write_evaluation(1, {"AP": 0.5})
+    checkpoints.write_evaluation(2, {"AP": 0.4})
+    save(4, to_evaluate=True)
+    assert checkpoints.steps() == [1, 4]
+    assert checkpoints.best() == Best(11, "val/mask_AP", 0.5, "step-00000001")
+    assert load_model(checkpoints.uri(1)).config == small_model.config
+    checkpoints.name_best(4, step_of_run=14, measure="val/mask_AP", value=0.6)
+    checkpoints.write_evaluation(4, {"AP": 0.6})
+    checkpoints.prune(1)
+    assert checkpoints.steps() == [4]
+    checkpoints.forget_evaluation(4)
+    assert checkpoints.due() == [4]
+
+
+def test_a_step_that_is_trained_again_is_evaluated_again(small_model: MaskRCNN, tmp_path: Path) -> None:
+    engine, checkpoints = engine_for(small_model), Checkpoints(str(tmp_path))
+    for _ in range(2):
+        checkpoints.save(small_model, engine, replace(progress(engine), step=5), keep=2, to_evaluate=True)
+        assert checkpoints.due() == [5]
+        checkpoints.write_evaluation(5, {"AP": 0.5})
+        assert checkpoints.due() == []
+
+
+def test_only_the_model_is_read_for_an_evaluation(small_model: MaskRCNN, tmp_path: Path) -> None:
+    engine, checkpoints = engine_for(small_model), Checkpoints(str(tmp_path))
+    checkpoints.save(small_model, engine, replace(progress(engine), step=3), keep=1)
+    folder = tmp_path / "checkpoints" / "step-00000003"
+    (folder / "optimizer.safetensors").unlink()
+    assert set(checkpoints.read_model(3)) == {"model.safetensors", "config.json"}
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match=r"model\.safetensors is not what was written"):
+        checkpoints.read_model(3)
+
+
 def test_on_s3(small_model: MaskRCNN, s3: str) -> None:
     engine, checkpoints = engine_for(small_model), Checkpoints(f"{s3}/checkpoint-test")
     for step in (1, 2):
         checkpoints.save(small_model, engine, replace(progress(engine), step=step), keep=1)
     assert checkpoints.steps() == [2]
     assert checkpoints.restore(MaskRCNN(small_model.config), engine, 2).step == 2
+    checkpoints.mark_to_evaluate(2)
+    assert checkpoints.due() == [2]
+    checkpoints.name_best(2, step_of_run=2, measure="val/mask_AP", value=0.5)
+    checkpoints.write_evaluation(2, {"AP": 0.5})
+    checkpoints.save(small_model, engine, replace(progress(engine), step=3), keep=1)
+    assert checkpoints.steps() == [2, 3]
+    checkpoints.save(small_model, engine, replace(progress(engine), step=2), keep=1, to_evaluate=True)
+    assert checkpoints.due() == [2]
 
 
 def test_a_changed_checkpoint_is_refused(small_model: MaskRCNN, tmp_path: Path) -> None:

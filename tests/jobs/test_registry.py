@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +145,22 @@ def test_what_cannot_be_registered(folder: Path, tmp_path: Path) -> None:
         register(make_run("fine", folder, 0.5, "d1"), "a/b")
     with pytest.raises(ValueError, match="no run is named 'nobody'"):
         register("nobody", NAME)
+
+
+def test_the_best_checkpoint_can_be_registered(folder: Path, model: MaskRCNN, tmp_path: Path) -> None:
+    """With its own numbers, not those of the last step."""
+    make_run("falling", folder, 0.2, "d1")
+    run = tracking.find_run("falling").info.run_id
+    with pytest.raises(ValueError, match=r"'falling' .* has no evaluated model"):
+        register("falling", NAME, best=True)
+    checkpoint = tmp_path / "step-00000002"
+    save_model(model, checkpoint)
+    (checkpoint / "evaluation.json").write_text(json.dumps({"metrics": {"val/mask_AP": 0.7, "val/box_AP": None}}))
+    tracking.client().set_tag(run, tracking.BEST_TAG, str(checkpoint))
+    version = tracking.client().get_model_version(NAME, str(register("falling", NAME, best=True)))
+    assert version.tags["val/mask_AP"] == "0.7"
+    assert "val/box_AP" not in version.tags
+    assert version.tags[tracking.MODEL_URI_TAG] == str(checkpoint)
 
 
 def test_the_champion_gives_way_only_to_one_that_is_not_worse(versions: dict[str, int]) -> None:

@@ -207,3 +207,23 @@ def test_two_may_empty_a_folder_at_once(tmp_path: Path, receiver: Receiver) -> N
         each.close(patience=5)
     assert {data for _, data in receiver.got} == set(numbers(200))
     assert files(tmp_path) == []
+
+
+def test_what_another_is_writing_stays(tmp_path: Path) -> None:
+    """Two processes of a run log at once, each with a spool: one of them may find the files that the other keeps before
+    the last of them is written."""
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "a").write_bytes(b"a")
+    received: list[bytes] = []
+
+    def receive(items: Sequence[Item]) -> None:
+        if not received:
+            (tmp_path / "1" / "b").write_bytes(b"b")
+        received.extend(item.data for item in items)
+
+    Spool(open_store(str(tmp_path)), receive, receiver="the receiver").close(patience=5)
+    assert received == [b"a"]
+    assert files(tmp_path) == ["1/b"]
+    Spool(open_store(str(tmp_path)), receive, receiver="the receiver").close(patience=5)
+    assert received == [b"a", b"b"]
+    assert list(tmp_path.iterdir()) == []
