@@ -63,7 +63,8 @@ def left(toy_shards: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> 
     )  # fmt: skip
     aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     with local_mlflow(folder) as port:
-        known = {**aws, "MLFLOW_TRACKING_URI": f"http://ada:{PASSWORD}@127.0.0.1:{port}"}
+        address = f"http://ada:{PASSWORD}@127.0.0.1:{port}"
+        known = {**aws, "MLFLOW_TRACKING_URI": address, "MLFLOW_S3_ENDPOINT_URL": address}
         with ray_nodes([{}], {**known, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}) as nodes:
             client = {"PATH": nodes.environment["PATH"], "HOME": str(nodes.folder), **nodes.client_environment, **known}
             with commands(tmp_path_factory.mktemp("client"), client) as mrcnn:
