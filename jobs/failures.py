@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ray.exceptions import RayActorError
 from ray.train import UserCallback
@@ -36,14 +37,15 @@ class EndOfTries(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """Raises what ends the training, if something does."""
         if final := final_error(worker_exceptions):
-            raise final
+            _end_quietly(final)
         if any(_was_taken_away(error) for error in worker_exceptions.values()):
             return
         newest = self._newest_step()
         self._failures = 1 if newest > self._newest else self._failures + 1
         self._newest = newest
         if self._failures > MAX_FAILURES:
-            raise GivenUpError(f"{self._failures} failures in a row, the last one: {_first_told(worker_exceptions)}")
+            told = f"{self._failures} failures in a row, the last one: {_first_told(worker_exceptions)}"
+            _end_quietly(GivenUpError(told))
 
     def _newest_step(self) -> int:
         try:
@@ -76,6 +78,12 @@ def plain_error(error: TrainingFailedError, advice: str) -> Exception:
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         return RuntimeError(f"training failed ({_first_told(error.worker_failures)}); {advice}")
     return RuntimeError(f"training failed ({error}); {advice}")
+
+
+def _end_quietly(error: Exception) -> NoReturn:
+    """The driver tells it; Ray's controller would print how it came to be raised here."""
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+    raise error
 
 
 def _was_taken_away(error: Exception) -> bool:

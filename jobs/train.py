@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -46,6 +47,10 @@ from pipelines.storage import Store, open_store
 from pipelines.storage_errors import UnreachableError
 
 RUN_FILE = "run.json"
+
+# Ray's view of which nodes there are is up to 20 s old. An elastic group that asks for a node which has just died would
+# wait for it a minute by default, before it is made smaller.
+START_TIMEOUT, ELASTIC_START_SECONDS = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10"
 
 # What may differ when a run goes on, beside optimizer.*: neither the model nor the order of images hangs on it.
 MAY_CHANGE = {
@@ -278,6 +283,7 @@ def _scaling(job: TrainJob, use_gpu: bool) -> ScalingConfig:
     workers = job.worker_range
     if not workers.is_elastic:
         return ScalingConfig(num_workers=workers.most, use_gpu=use_gpu)
+    os.environ.setdefault(START_TIMEOUT, ELASTIC_START_SECONDS)
     return ScalingConfig(  # Train v2 has both
         num_workers=(workers.fewest, workers.most),  # type: ignore[arg-type]
         elastic_resize_monitor_interval_s=job.resize_every,  # type: ignore[call-arg]

@@ -13,6 +13,9 @@ from jobs.config import OptimizerConfig, TrainConfig
 from jobs.engine import Engine
 from mrcnn import MaskRCNN, load_model
 from mrcnn.structures import ImageBatch, Targets
+from pipelines import patience
+from pipelines.storage import Store
+from pipelines.storage_errors import UnreachableError
 
 
 def engine_for(model: MaskRCNN) -> Engine:
@@ -119,6 +122,43 @@ def test_on_s3(small_model: MaskRCNN, s3: str) -> None:
     assert checkpoints.steps() == [2, 3]
     checkpoints.save(small_model, engine, replace(progress(engine), step=2), keep=1, to_evaluate=True)
     assert checkpoints.due() == [2]
+
+
+def test_a_store_that_is_away_is_waited_for(
+    small_model: MaskRCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, checkpoints = engine_for(small_model), Checkpoints(str(tmp_path))
+    write, failures = Store.write_bytes, ["optimizer.safetensors", "checkpoint.json"]
+
+    def fail_once(store: Store, name: str, data: bytes) -> None:
+        if name in failures:
+            failures.remove(name)
+            raise UnreachableError(f"{name} cannot be reached")
+        write(store, name, data)
+
+    monkeypatch.setattr(Store, "write_bytes", fail_once)
+    monkeypatch.setattr(patience, "BETWEEN_TRIES", 0.01)
+    checkpoints.save(small_model, engine, replace(progress(engine), step=1), keep=1)
+    assert failures == []
+    assert checkpoints.restore_newest(small_model, engine) == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(
+    small_model: MaskRCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, checkpoints = engine_for(small_model), Checkpoints(str(tmp_path))
+    checkpoints.save(small_model, engine, replace(progress(engine), step=1), keep=1)
+    write = Store.write_bytes
+
+    def full(store: Store, name: str, data: bytes) -> None:
+        if name == "optimizer.safetensors":
+            raise ValueError("No space left on device")
+        write(store, name, data)
+
+    monkeypatch.setattr(Store, "write_bytes", full)
+    with pytest.raises(ValueError, match="No space left"):
+        checkpoints.save(small_model, engine, replace(progress(engine), step=2), keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_a_changed_checkpoint_is_refused(small_model: MaskRCNN, tmp_path: Path) -> None:

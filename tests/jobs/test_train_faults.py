@@ -35,14 +35,15 @@ from pipelines.storage import open_store
 
 IMAGES = 16
 AWAY_SECONDS = 10.0
+SOON = 120.0  # seconds, on a machine that is busy with other tests
 CONFIG = TrainConfig(
     model=SMALL,
     optimizer=OptimizerConfig(base_lr=0.02, warmup_steps=4),
-    steps=12,
+    steps=8,
     global_batch=4,
-    log_every=3,
+    log_every=2,
     evaluate_every=100,
-    checkpoint_every=3,
+    checkpoint_every=2,
     keep_checkpoints=2,
     pictures=0,
 )
@@ -59,14 +60,11 @@ class Cluster:
     nodes: Nodes
     mrcnn: Commands
     seen: Seen
-    data: str
     folder: Path
 
-    def begin(
-        self, run: str, *words: str, data: str | None = None, storage: str | None = None, **variables: str
-    ) -> Running:
-        storage = storage or str(self.folder / "runs")
-        paths = ("--data", data or self.data, "--val-data", self.data, "--storage", storage)
+    def begin(self, run: str, *words: str, data: str = "data", storage: str | None = None, **variables: str) -> Running:
+        paths = ("--data", str(self.folder / data), "--val-data", str(self.folder / "val"))
+        paths += ("--storage", storage or str(self.folder / "runs"))
         config = ("--config", str(self.folder / "config.json"))
         return self.mrcnn.start("train", *config, *paths, "--run", run, "--workers", "2", *words, **variables)
 
@@ -83,6 +81,10 @@ class Cluster:
         for each in family:
             each.kill()
 
+    def attempts(self, run: str) -> int:
+        """How often workers have begun to train."""
+        return len({each.pid for each in self.seen.taken(run) if each.rank == 0})
+
     def went_on_after(self, run: str, killed_at: float) -> float:
         """Seconds from a kill to the first step of those who went on."""
         return min(each.at for each in self.seen.taken(run) if each.began > killed_at) - killed_at
@@ -93,8 +95,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3: str) -> Iterator[Clust
     folder = tmp_path_factory.mktemp("faults")
     seen = Seen(folder / "seen")
     seen.folder.mkdir()
-    boxes = [[(5 + 20 * n, 5 + 2 * i, 35 + 20 * n + i, 45 + 2 * i) for n in range(1 + i % 3)] for i in range(IMAGES)]
-    data = make_shards(folder / "data", [row(i, (96, 128), [instance(box) for box in boxes[i]]) for i in range(IMAGES)])
+    rows = [
+        row(i, (96, 128), [instance((5 + 20 * n, 5, 35 + 20 * n, 45 + 3 * i)) for n in range(1 + i % 3)])
+        for i in range(IMAGES)
+    ]
+    make_shards(folder / "data", rows)
+    make_shards(folder / "val", rows[:2])
     (folder / "config.json").write_text(json.dumps(CONFIG.to_dict()))
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     secrets = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
@@ -106,16 +112,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, s3: str) -> Iterator[Clust
         }  # fmt: skip
         (folder / "client").mkdir()
         with commands(folder / "client", client) as mrcnn:
-            yield Cluster(nodes, mrcnn, seen, data, folder)
+            yield Cluster(nodes, mrcnn, seen, folder)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster) -> dict[str, bytes]:
     """The weights of a training that nothing happens to."""
     done = cluster.begin("undisturbed").wait()
-    print(done.out, done.err, done.seconds)
-    check_images(cluster, "undisturbed")
     assert done.code == 0, done
+    check_images(cluster, "undisturbed")
     return weights(f"{cluster.folder}/runs/undisturbed")
 
 
@@ -165,32 +170,33 @@ def fill(folder: Path) -> Path:
 
 
 def test_a_killed_worker(cluster: Cluster, undisturbed: dict[str, bytes]) -> None:
-    hold = cluster.seen.hold("worker", 5)
+    hold = cluster.seen.hold("worker", 4)
     running = cluster.begin("worker")
-    workers = cluster.until(running, "worker", 5)
+    workers = cluster.until(running, "worker", 4)
     killed_at = time.time()
     kill(workers[1].pid)
     hold.unlink()
     done = running.wait()
-    print(done.out, done.err, f"went on after {cluster.went_on_after('worker', killed_at):.1f} s")
+    print(f"went on {cluster.went_on_after('worker', killed_at):.1f} s after a worker was killed")
     run = check(cluster, "worker", done, undisturbed)
-    assert cluster.went_on_after("worker", killed_at) < 60
+    assert "at step 2 with 2 workers" in done.out
+    assert cluster.went_on_after("worker", killed_at) < SOON
     steps = [each.step for each in tracking.client().get_metric_history(run.info.run_id, "train/loss")]
-    assert sorted(set(steps)) == [3, 6, 9, 12]
+    assert sorted(set(steps)) == [2, 4, 6, 8]
 
 
 def test_a_killed_driver(cluster: Cluster, undisturbed: dict[str, bytes]) -> None:
-    hold = cluster.seen.hold("driver", 8)
+    hold = cluster.seen.hold("driver", 6)
     running = cluster.begin("driver")
-    cluster.until(running, "driver", 8)
+    cluster.until(running, "driver", 6)
     running.process.kill()
     killed_at = time.time()
     assert tracking.find_run("driver").info.status == "RUNNING"
     resumed = cluster.begin("driver", "--resume")  # at once, while the old workers may still be there
     hold.unlink()
     done = resumed.wait()
-    print(done.out, done.err, f"went on after {cluster.went_on_after('driver', killed_at):.1f} s")
-    assert "at step 6 with 2 workers" in done.out
+    print(f"went on {cluster.went_on_after('driver', killed_at):.1f} s after the driver was killed")
+    assert "at step 4 with 2 workers" in done.out
     check(cluster, "driver", done, undisturbed)
 
 
@@ -201,106 +207,101 @@ def test_a_store_that_is_away_while_a_checkpoint_is_written(
     away: list[float] = []
 
     def decide(method: str, path: str, count: int) -> Fault | None:
-        if method == "PUT" and "/store/checkpoints/step-00000006/" in path and not away:
+        if method == "PUT" and "/store/checkpoints/step-00000004/" in path and not away:
             away.append(time.monotonic())
         return "503" if away and time.monotonic() - away[0] < AWAY_SECONDS else None
 
     storage = f"{s3}/faults"
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], decide) as proxy:
         done = cluster.begin("store", storage=storage, AWS_ENDPOINT_URL=proxy.url).wait()
-        assert proxy.made["503"] > 2
-    print(done.out, done.err)
-    assert "trying again" in done.out
-    assert "the storage answers again" in done.out
+        assert proxy.made["503"] > 1
     assert "going on from" not in done.out  # nobody had to begin again
     check(cluster, "store", done, undisturbed, storage)
 
 
 def test_a_disk_that_is_full(cluster: Cluster, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", megabytes=400) as disk:
-        hold = cluster.seen.hold("disk", 5)
+        hold = cluster.seen.hold("disk", 4)
         running = cluster.begin("disk", storage=str(disk))
-        cluster.until(running, "disk", 5)
+        cluster.until(running, "disk", 4)
         ballast = fill(disk)
         hold.unlink()
         done = running.wait()
-        print(done.out, done.err)
         assert done.code == 2, done
-        assert re.search(
-            r"No space left on device\): make room, .*checkpoint in .* step 3: go on with --resume", done.err
-        )
+        advice = r"No space left on device\): make room, .* checkpoint in .* is of step 2: go on with --resume"
+        assert re.search(advice, done.err), done
         assert tracking.find_run("disk").info.status == "FAILED"
-        assert [path.name for path in (disk / "disk" / "checkpoints").iterdir()] == ["step-00000003"]
-        assert not list(disk.rglob(".*"))
-        assert max(each.step for each in cluster.seen.taken("disk")) <= 8  # the next ones are read ahead, no more
-        assert len({each.began for each in cluster.seen.taken("disk")}) == 2  # of two workers: no second try
+        assert [path.name for path in (disk / "disk" / "checkpoints").iterdir()] == ["step-00000002"]
+        assert not list(disk.rglob("*.part"))
+        assert cluster.attempts("disk") == 1
 
         ballast.unlink()
         done = cluster.begin("disk", "--resume", storage=str(disk)).wait()
         check(cluster, "disk", done, undisturbed, str(disk))
 
 
-def test_damaged_rows_end_a_training_at_once(cluster: Cluster, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(cluster.data, data)
-    shard = sorted(data.glob("*.arrow"))[-1]
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 4 : len(content) // 4 + 64] = bytes(64)
-    shard.write_bytes(bytes(content))
-    done = cluster.begin("damaged", data=str(data)).wait()
-    print(done.out, done.err)
-    assert done.code == 2, done
-    assert shard.name in done.err
-    assert len({each.began for each in cluster.seen.taken("damaged")}) <= 2
-    assert tracking.find_run("damaged").info.status == "FAILED"
+def test_a_shard_that_is_torn_ends_a_training_at_once(cluster: Cluster) -> None:
+    shutil.copytree(cluster.folder / "data", cluster.folder / "torn")
+    shard = sorted((cluster.folder / "torn").glob("*.arrow"))[-1]
+    os.truncate(shard, shard.stat().st_size // 2)
+    done = cluster.begin("torn", data="torn").wait()
+    assert (done.code, shard.name in done.err) == (2, True), done
+    assert cluster.attempts("torn") == 1
+    assert tracking.find_run("torn").info.status == "FAILED"
+
+
+def test_memory_that_is_short_is_told_at_once(cluster: Cluster) -> None:
+    """Mask heads of this width need more bytes than there are: no second try."""
+    done = cluster.begin("large", "--workers", "1", "--model.mask.pool", "4000", "--model.mask.norm", "none").wait()
+    assert (done.code, cluster.attempts("large")) == (1, 1), done
+    assert re.search(r"memory is too short for the batch of step 1: images .* pixels", done.err), done
+    assert tracking.find_run("large").info.status == "FAILED"
 
 
 def test_a_killed_node(cluster: Cluster, undisturbed: dict[str, bytes]) -> None:
     """There is a third one."""
-    hold = cluster.seen.hold("node", 5)
+    hold = cluster.seen.hold("node", 4)
     running = cluster.begin("node")
-    workers = cluster.until(running, "node", 5)
+    workers = cluster.until(running, "node", 4)
     killed_at = time.time()
     cluster.kill_node(workers[0].node)
     hold.unlink()
     done = running.wait()
-    print(done.out, done.err, f"went on after {cluster.went_on_after('node', killed_at):.1f} s")
+    print(f"went on {cluster.went_on_after('node', killed_at):.1f} s after a node was killed")
     check(cluster, "node", done, undisturbed)
-    assert cluster.went_on_after("node", killed_at) < 90
+    assert cluster.went_on_after("node", killed_at) < SOON
 
 
 def test_a_training_goes_on_with_the_nodes_that_are_left_and_grows_again(cluster: Cluster) -> None:
     """On the two nodes that the test before has left."""
 
-    def began_with(workers: int, after: float) -> list[Taken]:
-        return cluster.seen.wait_for(
+    def began_with(workers: int, after: float) -> float:
+        found = cluster.seen.wait_for(
             "elastic",
             lambda taken: taken.workers == workers and taken.began > after,
             count=workers,
             still=running.process.is_alive,
         )
+        return found[-1].at - after
 
-    holds = [cluster.seen.hold("elastic", step) for step in (5, 9)]
+    holds = [cluster.seen.hold("elastic", step) for step in (4, 7)]
     running = cluster.begin("elastic", "--workers", "1:4", "--resize-every", "5")
-    two = cluster.until(running, "elastic", 5)
+    two = cluster.until(running, "elastic", 4)
     killed_at = time.time()
     cluster.kill_node(two[0].node)
     holds[0].unlink()
-    (one,) = began_with(1, killed_at)
-    print(f"one worker after {one.at - killed_at:.1f} s")
-    cluster.seen.wait_for("elastic", lambda taken: taken.step == 9 and taken.workers == 1, count=1, still=lambda: True)
+    print(f"one worker {began_with(1, killed_at):.1f} s after the node of the other was killed")
+    cluster.seen.wait_for("elastic", lambda taken: taken.step == 7, count=1, still=running.process.is_alive)
     joined_at = time.time()
     cluster.nodes.join({})
-    grown = began_with(2, joined_at)
-    print(f"two workers after {grown[0].at - joined_at:.1f} s")
+    print(f"two workers {began_with(2, joined_at):.1f} s after a node was started")
     holds[1].unlink()
     done = running.wait()
-    print(done.out, done.err)
     assert done.code == 0, done
-    assert "at step 3 with 1 worker\n" in done.out
+    assert "at step 2 with 1 worker\n" in done.out
     assert "at step 6 with 2 workers\n" in done.out
     check_images(cluster, "elastic")
     run = tracking.find_run("elastic")
     assert run.info.status == "FINISHED"
     history = {each.step: each.value for each in tracking.client().get_metric_history(run.info.run_id, "perf/workers")}
-    assert history == {3: 2, 6: 1, 9: 2, 12: 2}
+    assert history == {2: 2, 4: 1, 6: 1, 8: 2}
