@@ -85,7 +85,7 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     use_gpu = _check_cluster(job.workers)
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
-    request, bars = StopRequest(handle.run_id), sys.stderr.isatty()
+    request, bars = StopRequest(handle.run_id), sys.stdout.isatty() and sys.stderr.isatty()
     phases = [
         WorkerSettings(config, data.uri, val_data.uri, handle, weights, phase, request, bars)
         for phase in phases_of_run(config, run_store.uri)
