@@ -29,8 +29,8 @@ from jobs.cluster import ray_session
 from jobs.config import OptimizerConfig, TrainConfig, TrainJob
 from jobs.engine import Engine, Losses, read_losses
 from jobs.presets import PRESETS
+from jobs.stream import training_stream
 from jobs.train import train
-from jobs.worker import training_stream
 from mrcnn.model import MaskRCNN
 from pipelines.build import build
 from pipelines.config import BuildConfig

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-DRIVER_SECONDS = 50.0  # that the driver waits for the workers; `mrcnn jobs stop` kills it after 60
+DRIVER_SECONDS = 40.0  # that the driver waits for the workers; `mrcnn jobs stop` kills it after 60
 
 
 class Stopped(KeyboardInterrupt):
@@ -71,7 +71,9 @@ class Signals:
             while thread.is_alive():
                 thread.join(0.2)
                 if self.received is not None and time.monotonic() - self._asked_at > DRIVER_SECONDS:
-                    raise Stopped(self.received, f"the workers have not ended in {DRIVER_SECONDS:.0f} s")
+                    raise Stopped(
+                        self.received, f"the workers have not ended in {DRIVER_SECONDS:.0f} s; go on with --resume"
+                    )
         finally:
             self._ask = None
         if failed:

@@ -73,7 +73,7 @@ def train(job: TrainJob, config: TrainConfig) -> TrainSummary:
     use_gpu = _check_cluster(job)
     run_store = open_store(job.storage).join(job.run)
     handle = _open_run(job, config, run_store, data, val_data)
-    request, bars = StopRequest(handle.run_id), sys.stderr.isatty()
+    request, bars = StopRequest(handle.run_id), sys.stdout.isatty() and sys.stderr.isatty()
     beside = evaluates_beside(job, use_gpu=use_gpu)
     phases = [
         WorkerSettings(

@@ -36,6 +36,7 @@ from jobs.progress import Bar, counted
 from jobs.ranks import all_image_ids, gather, list_of_rank_0, mean_over_ranks, same_on_all_ranks
 from jobs.redaction import in_one_line
 from jobs.schedule import PhaseOfRun
+from jobs.stream import training_stream
 from jobs.tracking import RunHandle
 from jobs.tracking_log import RunLogger
 from jobs.tracking_system import gpu_memory
@@ -45,9 +46,8 @@ from mrcnn.model import MaskRCNN
 from mrcnn.structures import Category
 from mrcnn.training_parts import TrainedPart
 from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights, model_files, model_from_files
-from pipelines.augment import Augmentation
 from pipelines.dataset import ShardDataset
-from pipelines.loader import Batch, batches
+from pipelines.loader import Batch
 from pipelines.patience import patiently
 from pipelines.proposals import ProposalDataset
 from pipelines.storage import Store, open_store
@@ -337,44 +337,6 @@ class _Worker:
     def _say(self, line: str) -> None:
         if self.rank == 0:
             print(f"{self.phase.label}{line}", flush=True)
-
-
-def training_stream(
-    config: TrainConfig,
-    data: ShardDataset,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    start_images: int = 0,
-    pin_memory: bool = False,
-    proposals: ProposalDataset | None = None,
-) -> Generator[Batch]:
-    """A worker's share of the batches of a training, from a place in the order of images on."""
-    yield from batches(
-        data,
-        seed=config.seed,
-        global_batch=config.global_batch,
-        rank=rank,
-        world_size=world_size,
-        images_at_once=config.images_at_once,
-        start_images=start_images,
-        aspect_groups=config.aspect_groups,
-        augmentation=augmentation_of(config),
-        pin_memory=pin_memory,
-        threads=config.loader_threads,
-        network_input=config.model.input,
-        proposals=proposals,
-    )
-
-
-def augmentation_of(config: TrainConfig) -> Augmentation:
-    """What a training does to its images."""
-    return Augmentation(
-        flip=config.flip,
-        jitter_sides=config.jitter_sides,
-        large_jitter=config.large_jitter,
-        max_objects=config.max_objects,
-    )
 
 
 def initial_model(settings: WorkerSettings, categories: Sequence[Category]) -> MaskRCNN:

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from jobs.config import TrainConfig
 from jobs.presets import PRESETS
-from jobs.worker import augmentation_of
+from jobs.stream import augmentation_of
 from mrcnn.config import InputConfig
 from pipelines.augment import Augmentation, crop_row, random_window, resize_row, with_fewer_objects
 from pipelines.dataset import Row, ShardDataset
