@@ -34,6 +34,7 @@ class Taken:
     node: str
     """IP address"""
     images: tuple[int, ...]
+    """None where it begins"""
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -54,14 +55,17 @@ def record() -> None:
     def stream(self: jobs.worker._Worker) -> Iterator[Any]:
         folder, began = Path(os.environ[FOLDER]), time.time()
         run = self.phase.run_uri.rsplit("/", 1)[-1]
-        with closing(original(self)) as batches, (folder / f"{os.getpid()}.jsonl").open("a") as file:  # type: ignore[type-var]
+
+        def note(step: int, images: tuple[int, ...]) -> None:
+            taken = Taken(run, began, time.time(), step, self.rank, self.world_size, os.getpid(), _node(), images)
+            with (folder / f"{os.getpid()}.jsonl").open("a") as file:
+                file.write(json.dumps(asdict(taken)) + "\n")
+
+        note(self.engine.step, ())
+        with closing(original(self)) as batches:  # type: ignore[type-var]
             for batch in batches:
                 step = self.engine.step + 1
-                taken = Taken(
-                    run, began, time.time(), step, self.rank, self.world_size, os.getpid(), _node(), batch.image_ids
-                )
-                file.write(json.dumps(asdict(taken)) + "\n")
-                file.flush()
+                note(step, batch.image_ids)
                 while (folder / f"hold-{run}-{step}").exists():
                     time.sleep(0.02)
                 yield batch
@@ -87,8 +91,15 @@ class Seen:
         file.touch()
         return file
 
+    def attempts(self, run: str) -> int:
+        """How often workers have begun to train."""
+        return sum(each.rank == 0 and not each.images for each in self._records(run))
+
     def taken(self, run: str) -> list[Taken]:
         """In the order of time."""
+        return [each for each in self._records(run) if each.images]
+
+    def _records(self, run: str) -> list[Taken]:
         lines = [line for file in self.folder.glob("*.jsonl") for line in file.read_text().splitlines(keepends=True)]
         found = [json.loads(line) for line in lines if line.endswith("\n")]
         records = [Taken(**{**each, "images": tuple(each["images"])}) for each in found]

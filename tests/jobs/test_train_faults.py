@@ -81,10 +81,6 @@ class Cluster:
         for each in family:
             each.kill()
 
-    def attempts(self, run: str) -> int:
-        """How often workers have begun to train."""
-        return len({each.pid for each in self.seen.taken(run) if each.rank == 0})
-
     def went_on_after(self, run: str, killed_at: float) -> float:
         """Seconds from a kill to the first step of those who went on."""
         return min(each.at for each in self.seen.taken(run) if each.began > killed_at) - killed_at
@@ -169,6 +165,15 @@ def fill(folder: Path) -> Path:
     return ballast
 
 
+def test_more_workers_than_the_cluster_ever_has(cluster: Cluster) -> None:
+    until = time.monotonic() + 60
+    while not cluster.nodes.is_known_as_fixed():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    done = cluster.begin("many", "--workers", "9", "--global-batch", "16").wait()
+    assert (done.code, "workers is 9, but the Ray cluster has 3 CPUs: ask for at most 3" in done.err) == (2, True), done
+
+
 def test_a_killed_worker(cluster: Cluster, undisturbed: dict[str, bytes]) -> None:
     hold = cluster.seen.hold("worker", 4)
     running = cluster.begin("worker")
@@ -233,7 +238,7 @@ def test_a_disk_that_is_full(cluster: Cluster, undisturbed: dict[str, bytes], tm
         assert tracking.find_run("disk").info.status == "FAILED"
         assert [path.name for path in (disk / "disk" / "checkpoints").iterdir()] == ["step-00000002"]
         assert not list(disk.rglob("*.part"))
-        assert cluster.attempts("disk") == 1
+        assert cluster.seen.attempts("disk") == 1
 
         ballast.unlink()
         done = cluster.begin("disk", "--resume", storage=str(disk)).wait()
@@ -246,14 +251,14 @@ def test_a_shard_that_is_torn_ends_a_training_at_once(cluster: Cluster) -> None:
     os.truncate(shard, shard.stat().st_size // 2)
     done = cluster.begin("torn", data="torn").wait()
     assert (done.code, shard.name in done.err) == (2, True), done
-    assert cluster.attempts("torn") == 1
+    assert cluster.seen.attempts("torn") == 1
     assert tracking.find_run("torn").info.status == "FAILED"
 
 
 def test_memory_that_is_short_is_told_at_once(cluster: Cluster) -> None:
     """Mask heads of this width need more bytes than there are: no second try."""
-    done = cluster.begin("large", "--workers", "1", "--model.mask.pool", "4000", "--model.mask.norm", "none").wait()
-    assert (done.code, cluster.attempts("large")) == (1, 1), done
+    done = cluster.begin("large", "--workers", "1", "--model.mask.pool", "40000", "--model.mask.norm", "none").wait()
+    assert (done.code, cluster.seen.attempts("large")) == (1, 1), done
     assert re.search(r"memory is too short for the batch of step 1: images .* pixels", done.err), done
     assert tracking.find_run("large").info.status == "FAILED"
 
