@@ -68,7 +68,7 @@ def left(toy_shards: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> 
         with ray_nodes([{}], {**known, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}) as nodes:
             client = {"PATH": nodes.environment["PATH"], "HOME": str(nodes.folder), **nodes.client_environment, **known}
             with commands(tmp_path_factory.mktemp("client"), client) as mrcnn:
-                done = mrcnn.run("submit", "--address", nodes.url, "--name", "secret-job", "--", *words)
+                done = mrcnn.start("submit", "--address", nodes.url, "--name", "secret-job", "--", *words).wait(600)
             assert done.code == 0, done
             api = ["/api/jobs/", *(f"/api/v0/{kind}?detail=1&limit=1000" for kind in ("jobs", "actors", "workers"))]
             told = {path: json.dumps(nodes.ask(path)).encode() for path in [*api, "/api/v0/runtime_envs"]}
