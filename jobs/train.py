@@ -319,7 +319,8 @@ def _fit(settings: WorkerSettings, scaling: ScalingConfig, signals: Signals) -> 
     finally:
         settings.request.withdraw()
     outcome = patiently(lambda: _read_outcome(store))
-    if signals.received and (outcome.stopped or not settings.phase.is_last):
+    has_more = outcome.stopped or settings.evaluate_beside or not settings.phase.is_last
+    if signals.received and has_more:
         raise Stopped(signals.received, _newest_checkpoint(settings.phase))
     return outcome
 

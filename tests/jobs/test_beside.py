@@ -18,6 +18,7 @@ from jobs.beside import evaluates_beside, evaluating_beside
 from jobs.checkpoint import Checkpoints
 from jobs.config import OptimizerConfig, TrainConfig, TrainJob
 from jobs.evaluations import Evaluations
+from jobs.orders import StopRequest
 from jobs.registry import resolve_model
 from jobs.schedule import phases_of_run
 from jobs.summary import TrainSummary
@@ -58,7 +59,8 @@ def settings(summary: TrainSummary, job: TrainJob) -> WorkerSettings:
     """Of the run that is trained."""
     handle = RunHandle(summary.run_id, tracking.tracking_uri())
     (phase,) = phases_of_run(CONFIG, f"{job.storage}/{job.run}")
-    return WorkerSettings(CONFIG, job.data, job.val_data, handle, None, phase, evaluate_beside=True)
+    request = StopRequest(summary.run_id)
+    return WorkerSettings(CONFIG, job.data, job.val_data, handle, None, phase, request, evaluate_beside=True)
 
 
 @pytest.fixture
