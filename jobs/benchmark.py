@@ -20,7 +20,8 @@ import torch
 import torchvision
 from torch.profiler import ProfilerActivity, profile
 
-from jobs.benchmark_cases import BENCHMARKS, BenchmarkName, Case, Sizes
+from jobs.benchmark_cases import BENCHMARKS, Case, Sizes
+from jobs.benchmark_names import BenchmarkName
 
 PROFILE_ROWS = 15
 

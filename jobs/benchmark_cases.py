@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, batched_nms
 
+from jobs.benchmark_names import BenchmarkName
 from mrcnn.model import MaskRCNN
 from mrcnn.ops import multilevel_roi_pool, nms
 from mrcnn.peers import from_torchvision
@@ -27,8 +28,6 @@ from mrcnn.preprocess import network_images, resized_size
 from mrcnn.structures import RunLengthMasks, Targets
 from pipelines.rle import ends_from_bitmap
 
-BenchmarkName = Literal["model-eval", "train-step", "roi-align", "nms", "masks"]
-AnyBenchmarkName = Literal[BenchmarkName, "build-data", "train-overhead"]
 STRIDES = (4, 8, 16, 32)
 
 

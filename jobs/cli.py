@@ -12,18 +12,18 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial, wraps
+from inspect import signature
 from typing import Annotated, Any
 
 import tyro
 
-from jobs.benchmark_cases import AnyBenchmarkName
+from jobs import commands
 from jobs.config import TrainConfig, TrainJob
 from jobs.config_file import config_uri, starting_point
-from jobs.convert import Peer
 from jobs.job_commands import Submission, list_, logs, stop
 from jobs.presets import PRESETS, Preset
 from jobs.stopping import Stopped
-from mrcnn.peers import Classes
+from mrcnn.peer_names import Classes, Peer
 from pipelines.config import BuildConfig
 
 DESCRIPTION = """Mask R-CNN on Ray: from images in an object store to masks.
@@ -31,22 +31,6 @@ DESCRIPTION = """Mask R-CNN on Ray: from images in an object store to masks.
 A URI is a local path or s3://bucket/prefix. The S3 endpoint and credentials come from AWS_ENDPOINT_URL,
 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, MLflow's address from MLFLOW_TRACKING_URI, a running Ray cluster's from
 RAY_ADDRESS. `mrcnn submit -- COMMAND ...` runs any command on a cluster that this machine is no part of."""
-
-
-def toy_data(out: str, images: int = 600, seed: int = 0, size: int = 128, keypoints: bool = False) -> None:
-    """Make a COCO-format data set of overlapping shapes, to try everything on.
-
-    Args:
-        out: URI of a folder; it gets images/ and annotations.json.
-        images: How many images.
-        seed: The same seed makes the same images; take another one for validation.
-        size: Shorter side in pixels.
-        keypoints: Annotate keypoints of each shape, too; the images stay the same.
-    """
-    from pipelines.toy import make_toy_data
-
-    made = make_toy_data(out, images=images, seed=seed, size=size, keypoints=keypoints)
-    print(f"{images} images with {made.instances} objects in {made.seconds:.1f} s: {made.out}")
 
 
 def build_data(
@@ -67,41 +51,6 @@ def build_data(
         print(run_build(prepared))
 
 
-def inspect_data(uri: Annotated[str, tyro.conf.Positional], out: str = ".", images: int = 12) -> None:
-    """Say what is in a folder of shards, and draw some of its images with their masks.
-
-    Args:
-        uri: URI of shards.
-        out: URI of a folder for the picture, contact_sheet.png.
-        images: How many images to draw, up to 100, evenly spread over the data set.
-    """
-    from pipelines.contact_sheet import check_images, write_contact_sheet
-    from pipelines.inspect import summarize
-
-    check_images(images)  # before all shards are read
-    print(summarize(uri))
-    print(f"\npicture: {write_contact_sheet(uri, out, images)}")
-
-
-def verify_data(uri: Annotated[str, tyro.conf.Positional], cpus: int | None = None) -> None:
-    """Check a folder of shards: checksums, counts, schema, and that every image and mask can be used.
-
-    Args:
-        uri: URI of shards.
-        cpus: CPUs of the Ray that is started on this machine; by default all.
-    """
-    from jobs.cluster import ray_session
-    from pipelines.manifest import Manifest
-    from pipelines.storage import open_store
-    from pipelines.verify import verify
-
-    Manifest.read(open_store(uri).check_answers())  # before Ray starts, so that a wrong folder is told at once
-    with ray_session(cpus):
-        report = verify(uri)
-    print(report)
-    report.check()
-
-
 def train(
     preset: Annotated[Preset, tyro.conf.Positional],
     config: str = "",
@@ -114,78 +63,6 @@ def train(
             runs:/ID/config.json in MLflow.
     """
     raise ValueError(f"say what to train on: mrcnn train {preset} --data URI --val-data URI --storage URI --run NAME")
-
-
-def replay_mlflow(run: Annotated[str, tyro.conf.Positional]) -> None:
-    """Write into MLflow what it could not take while a run was trained. `mrcnn train --resume` does so, too.
-
-    Args:
-        run: URI of the run's folder, STORAGE/RUN.
-    """
-    from jobs.replay import replay_run
-
-    print(replay_run(run))
-
-
-def evaluate(model: str, data: str, out: str | None = None, cpus: int | None = None) -> None:
-    """Measure a model on validation shards: COCO's numbers for boxes, and for the masks and keypoints that it finds.
-
-    Args:
-        model: A model's folder or models:/NAME@ALIAS.
-        data: URI of shards.
-        out: JSON file for the numbers.
-        cpus: CPUs of the Ray that is started on this machine; by default all.
-    """
-    from jobs.cluster import ray_session
-    from jobs.evaluate import evaluate as run
-
-    with ray_session(cpus):
-        print(run(model, data, out))
-
-
-def register(run: str, name: str, best: bool = False) -> None:
-    """Make a version of a registered model from a training run.
-
-    Args:
-        run: The run's name or id in MLflow.
-        name: Name of the registered model.
-        best: Take the run's best checkpoint, not the model of its last step.
-    """
-    from jobs.registry import register as run_register
-
-    version = run_register(run, name, best=best)
-    print(f"registered {'the best of ' if best else ''}{run} as models:/{name}/{version}")
-
-
-def promote(name: str, version: int, alias: str = "champion") -> None:
-    """Let an alias point to a version, unless the present one is better on the same validation data.
-
-    Args:
-        name: Name of the registered model.
-        version: The version's number.
-        alias: The alias that moves.
-    """
-    from jobs.registry import promote as run_promote
-
-    run_promote(name, version, alias)
-    print(f"models:/{name}@{alias} is version {version} now")
-
-
-def predict(model: str, images: str, out: str, overlays: int = 0, cpus: int | None = None) -> None:
-    """Find objects and their masks in a folder of images.
-
-    Args:
-        model: models:/NAME@ALIAS, models:/NAME/VERSION or a model's folder.
-        images: URI of a folder of images.
-        out: URI of a folder for the Parquet files, coco_results.json, rejects.parquet and overlays/.
-        overlays: Pictures to draw, of the first images.
-        cpus: CPUs of the Ray that is started on this machine; by default all.
-    """
-    from jobs.cluster import ray_session
-    from jobs.predict import predict as run
-
-    with ray_session(cpus):
-        print(run(model, images, out, overlays=overlays))
 
 
 def convert_weights(
@@ -219,60 +96,6 @@ def convert_weights(
         if (classes, norm_eps, stride_in_1x1) != ("all", None, None):
             raise ValueError("--classes, --norm-eps and --stride-in-1x1 belong to --from: leave them out with --to")
         print(convert_to(to, in_, out))
-
-
-def benchmark(
-    name: Annotated[AnyBenchmarkName, tyro.conf.Positional],
-    threads: int = 2,
-    repeats: int = 5,
-    device: str = "cpu",
-    images: str | None = None,
-    out: str | None = None,
-    profile: bool = False,
-) -> None:
-    """Time the model or an operator against torchvision's, with the same weights and inputs, in turn; or the building
-    of data against Pillow and Ray Data; or a training by Ray Train against a plain loop around the same step.
-
-    Args:
-        name: What to time.
-        threads: CPU threads of both; CPUs of the pipelines.
-        repeats: Timed calls of each, of which the median counts; trainings of each for train-overhead.
-        device: cpu, or cuda where there is a GPU.
-        images: For build-data: local folder of JPEGs; by default, made ones of COCO's sizes.
-        out: JSON file for the numbers.
-        profile: Also show where the time goes: the fifteen largest entries of torch.profiler for both.
-    """
-    from jobs.benchmark import Report, run_benchmark
-    from jobs.benchmark_data import DataReport, run_data_benchmark
-    from jobs.benchmark_train import OverheadReport, run_overhead_benchmark
-
-    report: Report | DataReport | OverheadReport
-    if profile and name in ("build-data", "train-overhead"):
-        raise ValueError(f"--profile is for the model and its operators, not for {name}: leave it out")
-    if images is not None and name != "build-data":
-        raise ValueError(f"--images is for the benchmark build-data, not for {name}: leave it out")
-    if name == "build-data":
-        if device != "cpu":
-            raise ValueError(f"device is {device}, but build-data uses CPUs only: leave --device out")
-        report = run_data_benchmark(images, cpus=threads, repeats=repeats)
-    elif name == "train-overhead":
-        report = run_overhead_benchmark(threads=threads, repeats=repeats, device=device)
-    else:
-        report = run_benchmark(name, threads=threads, repeats=repeats, device=device, with_profile=profile)
-    print(report)
-    if out is not None:
-        report.write(out)
-
-
-def demo(out: str = "demo-run") -> None:
-    """The whole way on toy data and a local S3 server, with the commands that a user types.
-
-    Args:
-        out: Local folder for everything that it makes.
-    """
-    from jobs.demo import run_demo
-
-    run_demo(out)
 
 
 def _parsed_only(function: Callable[..., Any]) -> Callable[..., partial[Any]]:
@@ -314,19 +137,19 @@ def jobs(command: Annotated[JobCommand, tyro.conf.arg(name="")]) -> int | None:
 
 
 COMMANDS: dict[str, Any] = {
-    "toy-data": toy_data,
+    "toy-data": commands.toy_data,
     "build-data": build_data,
-    "inspect-data": inspect_data,
-    "verify-data": verify_data,
+    "inspect-data": commands.inspect_data,
+    "verify-data": commands.verify_data,
     "train": train,
-    "replay-mlflow": replay_mlflow,
-    "evaluate": evaluate,
-    "register": register,
-    "promote": promote,
-    "predict": predict,
+    "replay-mlflow": commands.replay_mlflow,
+    "evaluate": commands.evaluate,
+    "register": commands.register,
+    "promote": commands.promote,
+    "predict": commands.predict,
     "convert-weights": convert_weights,
-    "benchmark": benchmark,
-    "demo": demo,
+    "benchmark": commands.benchmark,
+    "demo": commands.demo,
     "submit": submit,
     "jobs": jobs,
 }
@@ -385,7 +208,12 @@ def parse_submit(options: Sequence[str], words: Sequence[str]) -> partial[int]:
         command()  # says what is missing
     from jobs.submit import submit as run
 
-    return partial(run, submission, words, command.keywords)
+    return partial(run, submission, words, arguments_of(command))
+
+
+def arguments_of(command: partial[Any]) -> dict[str, Any]:
+    """What `parse` has understood, by the names of the command's parameters."""
+    return signature(command.func).bind(*command.args, **command.keywords).arguments
 
 
 def parse(words: Sequence[str]) -> partial[Any]:

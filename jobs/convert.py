@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from mrcnn import load_model, save_model
 from mrcnn.checkpoints import read_state
 from mrcnn.config import ModelConfig
+from mrcnn.peer_names import Classes, Peer
 from mrcnn.peer_settings import detectron2_settings
-from mrcnn.peers import Classes, PeerModel, from_detectron2, from_torchvision, to_detectron2, to_torchvision
-
-Peer = Literal["torchvision", "detectron2"]
+from mrcnn.peers import PeerModel, from_detectron2, from_torchvision, to_detectron2, to_torchvision
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from mrcnn.config import ModelConfig
+
+Peer = Literal["torchvision", "detectron2"]
+Classes = Literal["all", "used"]
+"""Of torchvision's models: all that they know, or those that COCO uses"""
 
 T = TypeVar("T")
 

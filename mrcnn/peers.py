@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from mrcnn.coco_categories import COCO_CATEGORIES, COCO_CATEGORIES_WITH_GAPS, PE
 from mrcnn.config import InputConfig, ModelConfig
 from mrcnn.model import MaskRCNN
 from mrcnn.peer_names import (
+    Classes,
     detectron2_parts,
     inverse,
     modern_torchvision_name,
@@ -30,8 +30,6 @@ from mrcnn.peer_names import (
 from mrcnn.peer_settings import detectron2_config, detectron2_pixels, torchvision_config
 from mrcnn.settings import require
 from mrcnn.structures import Category
-
-Classes = Literal["all", "used"]
 
 LOGITS, DELTAS = "roi_heads.box_head.class_logits", "roi_heads.box_head.box_deltas"
 MASK_LOGITS = "roi_heads.mask_head.mask_logits"

@@ -9,7 +9,8 @@ import torch
 from torchvision.models.detection import roi_heads as peer_heads
 
 from jobs.benchmark import Case, Report, Timing, _measure, run_benchmark
-from jobs.benchmark_cases import BENCHMARKS, BenchmarkName, Sizes
+from jobs.benchmark_cases import BENCHMARKS, Sizes
+from jobs.benchmark_names import BenchmarkName
 from jobs.cli import main
 from mrcnn.roi_sampling import SampledRoIs, sample_rois
 

@@ -13,7 +13,7 @@ import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
 from jobs import ship, submit
-from jobs.cli import COMMANDS, main, parse
+from jobs.cli import COMMANDS, arguments_of, main, parse
 from jobs.cluster import ClusterSize
 from jobs.job_client import api_server, exit_code
 from jobs.job_commands import Submission
@@ -41,6 +41,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
         ((), "toy-data"),
         (("toy-data", "--out", "toy"), "--out is 'toy', a path relative to this folder"),
         (("inspect-data", "s3://b/shards"), "--out is '.'"),
+        (("verify-data", "shards"), "--uri is 'shards'"),
         ((*TRAIN, "--weights", "r50.pth"), "--weights is 'r50.pth'"),
         (("toy-data", "--out", "s3://b/o"), "say which cluster: --address"),
     ],
@@ -109,7 +110,7 @@ def test_only_addresses_that_others_can_use_are_sent(monkeypatch: pytest.MonkeyP
 # ---- paths and code
 
 OTHER_TEXTS = {"alias", "device", "encoding", "experiment", "format", "from_", "name", "preset", "run", "split", "to",
-               "classes", "rpn", "precision", "workers"}  # fmt: skip
+               "classes", "rpn", "precision", "workers", "evaluate_beside"}  # fmt: skip
 
 
 def test_every_text_argument_is_known_to_be_a_location_or_not() -> None:
@@ -133,7 +134,7 @@ def _may_be_text(value: object) -> bool:
 
 
 def settings(*words: str) -> dict[str, Any]:
-    return submit.flat_settings(parse(words).keywords)
+    return submit.flat_settings(arguments_of(parse(words)))
 
 
 def test_absolute_paths_are_said_and_uris_pass() -> None:
