@@ -148,7 +148,7 @@ def test_the_jobs_entrypoint_is_a_command_that_can_be_retried(monkeypatch: pytes
     assert job.resume
     assert all(uri.startswith("s3://") for uri in (job.data, job.val_data, job.storage))
     assert document["spec"]["backoffLimit"] > 0
-    assert config.global_batch % job.workers == 0
+    assert config.global_batch % job.worker_range.most == 0
 
 
 def test_the_jobs_cluster_has_a_gpu_for_every_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,9 @@ def test_the_jobs_cluster_has_a_gpu_for_every_worker(monkeypatch: pytest.MonkeyP
     (group,) = cluster_spec(document)["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
     gpus = int(container["resources"]["limits"]["nvidia.com/gpu"])
-    assert job.workers == group["minReplicas"] * gpus == group["maxReplicas"] * gpus
+    assert (
+        job.worker_range.fewest == job.worker_range.most == group["minReplicas"] * gpus == group["maxReplicas"] * gpus
+    )
 
 
 def parsed_entrypoint(monkeypatch: pytest.MonkeyPatch) -> tuple[TrainJob, TrainConfig, dict[str, Any]]:

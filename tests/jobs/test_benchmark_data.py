@@ -89,8 +89,8 @@ def test_the_table_and_the_file(tmp_path: Path) -> None:
         (("build-data", "--images", "/nowhere"), "images is /nowhere, which holds no .jpg files"),
         (("build-data", "--repeats", "0"), "repeats is 0"),
         (("build-data", "--threads", "0"), "threads is 0"),
-        (("build-data", "--device", "cuda"), "--device and --profile are for the model"),
-        (("build-data", "--profile"), "--device and --profile are for the model"),
+        (("build-data", "--device", "cuda"), "device is cuda, but build-data uses CPUs only"),
+        (("build-data", "--profile"), "--profile is for the model and its operators"),
         (("nms", "--images", "x"), "--images is for the benchmark build-data"),
     ],
 )

@@ -42,7 +42,7 @@ CONFIG = TrainConfig(
 @pytest.fixture(scope="module")
 def job(toy_shards: str, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
     storage = str(tmp_path_factory.mktemp("runs"))
-    return TrainJob(data=toy_shards, val_data=toy_shards, storage=storage, run="undisturbed", workers=2)
+    return TrainJob(data=toy_shards, val_data=toy_shards, storage=storage, run="undisturbed", workers="2")
 
 
 @pytest.fixture(scope="module")
