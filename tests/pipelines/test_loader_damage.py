@@ -7,6 +7,7 @@ import random
 import shutil
 import threading
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pycocotools import mask as coco_mask
 from pipelines import loader
 from pipelines.collate import collate
 from pipelines.dataset import ShardDataset
+from pipelines.patience import patiently
 from pipelines.storage import open_store
 
 SHARD = "shard-00001.arrow"
@@ -176,6 +178,7 @@ def test_s3_that_stays_down_ends_training_with_its_name(folder: Path, s3: str, m
     def down(method: str, path: str, before: int) -> Fault | None:
         return "503" if path.endswith(SHARD) else None
 
+    monkeypatch.setattr("pipelines.loader.patiently", partial(patiently, seconds=1))  # not ten minutes
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], down) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         start = time.monotonic()
