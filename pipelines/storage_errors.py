@@ -21,6 +21,8 @@ from botocore.exceptions import (
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 AWAY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}  # of a network's file system that may come back
+# What s3fs makes of answers that a second request would get, too: 400, 405, 412, 416, 501, redirections
+REFUSED = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EMSGSIZE, getattr(errno, "EREMCHG", errno.ENOENT)}
 # What stands before an @ where the host should be; a colon that no port follows: a secret key may hold slashes.
 LOGIN = re.compile(r"^([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
 QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*")
@@ -110,7 +112,10 @@ def _other_error(uri: str, error: Exception) -> Exception:
         kind, told = f"{type(error).__name__}: " if "://" in uri else "", QUERY.sub(r"\1", str(error))
         is_away = "://" in uri or (isinstance(error, OSError) and error.errno in AWAY)
         return (UnreachableError if is_away else ValueError)(f"{uri} cannot be used: {kind}{told}")
-    return UnreachableError(f"{uri} cannot be reached{endpoint_hint(uri)}: {type(error).__name__}: {error}")
+    is_refused = isinstance(error, OSError) and error.errno in REFUSED
+    return (ValueError if is_refused else UnreachableError)(
+        f"{uri} cannot be reached{endpoint_hint(uri)}: {type(error).__name__}: {error}"
+    )
 
 
 def _full(where: str, error: OSError) -> ValueError:

@@ -67,6 +67,8 @@ class Nodes:
         common = (
             "--block", "--disable-usage-stats", "--object-store-memory=80000000", "--dashboard-agent-listen-port=0",
             "--min-worker-port=0", "--max-worker-port=0",
+            # each its own: nodes remove and make again the folder of a job's code, where others have made it
+            f"--temp-dir={self.folder / str(len(self.processes))}",
         )  # fmt: skip
         with (self.folder / f"node-{len(self.processes)}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -82,7 +84,7 @@ class Nodes:
             f"--address=127.0.0.1:{self.port}", f"--node-ip-address=127.0.0.{len(self.processes) + 1}", "--num-cpus=1",
             f"--resources={json.dumps(resources)}",
         )  # fmt: skip
-        self.wait_for(alive + 1)  # two that start at once choose the same names for their sockets
+        self.wait_for(alive + 1)
 
     def wait_for(self, nodes: int) -> None:
         until = time.monotonic() + START_SECONDS
@@ -128,7 +130,7 @@ def ray_nodes(resources: Sequence[Mapping[str, float]], environment: Mapping[str
     try:
         nodes.start(
             "--head", f"--port={nodes.port}", "--num-cpus=0", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={nodes.dashboard_port}", f"--temp-dir={folder / 'ray'}",
+            f"--dashboard-port={nodes.dashboard_port}",
         )  # fmt: skip
         nodes.wait_for(1)
         for extra in resources:

@@ -17,6 +17,7 @@ from typing import Any
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
 FOLDER = "MRCNN_TEST_SEEN"
+TESTS = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Taken:
 def environment(folder: Path) -> dict[str, str]:
     """Of the nodes."""
     return {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        # the root, too: without it the folder tests/mrcnn would be taken for a package
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
         WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.{record.__name__}",
         FOLDER: str(folder),
     }

@@ -69,7 +69,7 @@ def left(toy_shards: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> 
             client = {"PATH": nodes.environment["PATH"], "HOME": str(nodes.folder), **nodes.client_environment, **known}
             with commands(tmp_path_factory.mktemp("client"), client) as mrcnn:
                 done = mrcnn.start("submit", "--address", nodes.url, "--name", "secret-job", "--", *words).wait(600)
-            assert done.code == 0, done
+            assert done.code == 0, done.out + done.err
             api = ["/api/jobs/", *(f"/api/v0/{kind}?detail=1&limit=1000" for kind in ("jobs", "actors", "workers"))]
             told = {path: json.dumps(nodes.ask(path)).encode() for path in [*api, "/api/v0/runtime_envs"]}
             session = files(nodes.folder)
