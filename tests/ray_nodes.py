@@ -32,6 +32,7 @@ class Nodes:
     environment: dict[str, str]
     port: int
     dashboard_port: int
+    one_folder: bool
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
@@ -67,8 +68,7 @@ class Nodes:
         common = (
             "--block", "--disable-usage-stats", "--object-store-memory=80000000", "--dashboard-agent-listen-port=0",
             "--min-worker-port=0", "--max-worker-port=0",
-            # each its own: nodes remove and make again the folder of a job's code, where others have made it
-            f"--temp-dir={self.folder / str(len(self.processes))}",
+            f"--temp-dir={self.folder / ('ray' if self.one_folder else str(len(self.processes)))}",
         )  # fmt: skip
         with (self.folder / f"node-{len(self.processes)}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -84,7 +84,7 @@ class Nodes:
             f"--address=127.0.0.1:{self.port}", f"--node-ip-address=127.0.0.{len(self.processes) + 1}", "--num-cpus=1",
             f"--resources={json.dumps(resources)}",
         )  # fmt: skip
-        self.wait_for(alive + 1)
+        self.wait_for(alive + 1)  # in one folder, two that start at once choose the same names for their sockets
 
     def wait_for(self, nodes: int) -> None:
         until = time.monotonic() + START_SECONDS
@@ -114,10 +114,15 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def ray_nodes(resources: Sequence[Mapping[str, float]], environment: Mapping[str, str]) -> Iterator[Nodes]:
+def ray_nodes(
+    resources: Sequence[Mapping[str, float]], environment: Mapping[str, str], *, one_folder: bool = False
+) -> Iterator[Nodes]:
     """Start a head and nodes with one CPU and these resources each; end them with the block.
 
-    The environment is added to the bare minimum that processes need, not to this one's.
+    The environment is added to the bare minimum that processes need, not to this one's. Each node has a folder of its
+    own, because nodes remove and make again the folder of a job's code where another node has made it. With
+    `one_folder` all nodes call it the same, as on machines of their own: only then the log of a job whose driver is
+    not on the head is found.
     """
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # not pytest's: paths of sockets are at most 107 characters long
     bare = {
@@ -125,7 +130,7 @@ def ray_nodes(resources: Sequence[Mapping[str, float]], environment: Mapping[str
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_raylet_start_wait_time_s": "120",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }  # fmt: skip
-    nodes = Nodes(folder, bare | dict(environment), free_port(), free_port())
+    nodes = Nodes(folder, bare | dict(environment), free_port(), free_port(), one_folder)
     nodes.environment["RAY_API_SERVER_ADDRESS"] = nodes.url  # there may be other clusters on this machine
     try:
         nodes.start(

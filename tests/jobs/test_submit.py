@@ -32,7 +32,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         (decoy / package / "__init__.py").write_text("raise RuntimeError('not the code that was sent')")
     (decoy / "mrcnn/ops").mkdir()
     (decoy / "mrcnn/ops" / LIBRARY.name).symlink_to(LIBRARY)
-    with ray_nodes([{"first": 1}, {"second": 1}], {"PYTHONPATH": str(decoy)}) as nodes:
+    with ray_nodes([{"first": 1}, {"second": 1}], {"PYTHONPATH": str(decoy)}, one_folder=True) as nodes:
         yield nodes
 
 
