@@ -13,7 +13,7 @@ import torch
 from models import SMALL
 
 from jobs.evaluate import JudgedRow, check_categories, evaluate, found_kinds, judge_rows, metrics_of
-from jobs.worker import ap_metrics
+from jobs.evaluations import ap_metrics
 from mrcnn import Category, Detections, KeypointConfig, MaskConfig, MaskRCNN, ModelConfig, save_model
 from pipelines.build import BuildConfig, build
 from pipelines.dataset import ShardDataset
