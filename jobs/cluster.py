@@ -132,6 +132,12 @@ class ClusterSize:
         """How many workers with one each would fit into all nodes."""
         return sum(int(node.get(resource, 0)) for node in self.nodes)
 
+    def worker_takes(self, device: str) -> str:
+        """The resource that a training worker takes one of, for a `TrainJob.device`."""
+        if device == "auto":
+            return "GPU" if self.total("GPU") else "CPU"
+        return device.upper()
+
     def fits_a_node(self, wanted: Mapping[str, float]) -> bool:
         return any(all(node.get(name, 0) >= amount for name, amount in wanted.items()) for node in self.nodes)
 

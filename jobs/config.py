@@ -55,6 +55,9 @@ class TrainJob:
     """Processes that train together (DDP), one a GPU where there are GPUs, else one a CPU; or FEWEST:MOST, as 1:4: as
     many as there are nodes for, when it begins, after nodes were lost, and when nodes have come. The global batch and
     the learning rate stay."""
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    """What they compute on. auto: GPUs, if the cluster has any when training begins. gpu: also those that an
+    autoscaler has yet to start."""
     resize_every: float = 600.0
     """Seconds between two looks for room for more workers, with FEWEST:MOST. Who finds it goes on from the newest
     checkpoint: what was done since is done again."""

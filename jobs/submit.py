@@ -85,10 +85,9 @@ def _missing(size: ClusterSize, submission: Submission, settings: Mapping[str, A
             f"no node has {', '.join(f'{amount:g} {name}' for name, amount in needs.items())} for the driver"
         )
     workers = WorkerRange.parse(settings["workers"]).fewest if "workers" in settings else 0
-    for kind in ("GPU", "CPU"):
-        has = size.total(kind)
-        if workers > has and (kind == "CPU" or has):  # without any GPU, workers are on CPUs
-            missing.append(f"--workers {settings['workers']} needs {workers} {kind}s")
+    kind = size.worker_takes(settings.get("device", "auto"))
+    if workers > size.total(kind):
+        missing.append(f"--workers {settings['workers']} needs {workers} {kind}s")
     cpus = settings.get("cpus")
     if cpus is not None and cpus > size.total("CPU"):
         missing.append(f"--cpus {cpus} needs {cpus} CPUs")

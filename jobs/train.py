@@ -165,14 +165,15 @@ def _check_shares(config: TrainConfig, workers: WorkerRange) -> None:
 def _check_cluster(job: TrainJob) -> bool:
     """Whether to train on GPUs. Ray would wait for ever for what the cluster never has."""
     size, fewest = cluster_size(), job.worker_range.fewest
-    use_gpu = size.total("GPU") > 0
-    kind = "GPU" if use_gpu else "CPU"
-    if fewest > size.total(kind):
-        lack = f"workers is {job.workers}, but the Ray cluster has {size.total(kind)} {kind}s"
+    kind = size.worker_takes(job.device)
+    total = size.total(kind)
+    if fewest > total:
+        lack = f"workers is {job.workers}, but the Ray cluster has {total} {kind}s"
         if not size.may_grow:
-            raise ValueError(f"{lack}: ask for at most {size.total(kind)}")
+            remedy = f"ask for at most {total}" if total else f"add nodes that have some, or drop --device {job.device}"
+            raise ValueError(f"{lack}: {remedy}")
         print(f"{lack}: waiting for nodes, as it may have an autoscaler", flush=True)
-    return use_gpu
+    return kind == "GPU"
 
 
 def _open_run(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -126,7 +127,8 @@ class _Worker:
         self.data, self.val_data = (patiently(partial(ShardDataset, uri)) for uri in (settings.data, settings.val_data))
         self.checkpoints = Checkpoints(self.phase.uri)
         self.logger = RunLogger(settings.run, self.phase.run_uri, machine=True) if self.rank == 0 else None
-        device = get_device()
+        # Ray's own choice would be the first GPU of the machine where Ray has given it none
+        device = get_device() if ray.get_gpu_ids() else torch.device("cpu")
         self.model = initial_model(settings, self.data.categories)
         self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.config.compile:

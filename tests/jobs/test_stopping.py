@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from cli_process import Commands, Running, commands
 from models import SMALL
 from ray_nodes import Nodes, ray_nodes
 from safetensors.numpy import load_file
+from seen_images import Seen, environment
 
 from jobs import tracking
 from jobs.checkpoint import Checkpoints
@@ -26,10 +26,12 @@ from jobs.train import train
 
 pytestmark = pytest.mark.usefixtures("mlflow_store")
 
+STEPS = 24  # workers look for orders after step 1, 2, 4, 8 at the latest
+
 CONFIG = TrainConfig(
     model=SMALL,
     optimizer=OptimizerConfig(base_lr=0.02, warmup_steps=4),
-    steps=120,
+    steps=STEPS,
     global_batch=2,
     log_every=2,
     evaluate_every=1000,
@@ -53,8 +55,14 @@ def undisturbed(job: TrainJob, mlflow_store: None) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def mrcnn(tmp_path: Path) -> Iterator[Commands]:
-    with commands(tmp_path, {**os.environ, "PYTHONUNBUFFERED": "1"}) as mrcnn:
+def seen(tmp_path: Path) -> Seen:
+    (tmp_path / "seen").mkdir()
+    return Seen(tmp_path / "seen")
+
+
+@pytest.fixture
+def mrcnn(tmp_path: Path, seen: Seen) -> Iterator[Commands]:
+    with commands(tmp_path, {**os.environ, **environment(seen.folder), "PYTHONUNBUFFERED": "1"}) as mrcnn:
         yield mrcnn
 
 
@@ -78,30 +86,30 @@ def wait_for(running: Running, condition: Callable[[], object], seconds: float =
         time.sleep(0.05)
 
 
-def training_workers(running: Running) -> list[psutil.Process]:
-    children = psutil.Process(running.process.pid).children(recursive=True)
-    return [each for each in children if "RayTrainWorker" in " ".join(each.cmdline())]
-
-
 def step_of(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     assert found, text
     return int(found[1])
 
 
-def test_told_to_end_it_saves_and_goes_on(mrcnn: Commands, job: TrainJob, undisturbed: dict[str, bytes]) -> None:
+def test_told_to_end_it_saves_and_goes_on(
+    mrcnn: Commands, seen: Seen, job: TrainJob, undisturbed: dict[str, bytes]
+) -> None:
     """First one worker of two gets SIGTERM, then the driver."""
+    before_5, before_11 = (seen.hold("told", step) for step in (5, 11))
     running = start(mrcnn, job, "told", "--cpus", "2")
-    wait_for(running, lambda: "step 4/120" in running.out)
-    training_workers(running)[-1].terminate()
-    wait_for(running, lambda: "going on from" in running.out)
+    workers = seen.wait_for("told", lambda taken: taken.step == 5, count=2, still=running.process.is_alive)
+    os.kill(workers[1].pid, signal.SIGTERM)
+    before_5.unlink()
+    seen.wait_for("told", lambda taken: taken.step == 11, count=2, still=running.process.is_alive)
     restarted = step_of(r"checkpoints at step (\d+)", running.out)
-    wait_for(running, lambda: f"step {restarted + 2 - restarted % 2}/120" in running.out)
     os.kill(running.process.pid or 0, signal.SIGTERM)
+    time.sleep(0.5)  # the driver's word to them takes a moment
+    before_11.unlink()
     done = running.wait(60)
     assert done.code == 143, done
     stopped = step_of(r"mrcnn: stopped by SIGTERM; the newest checkpoint .* is of step (\d+): .* --resume", done.err)
-    assert 4 <= restarted < stopped < 120
+    assert 5 <= restarted < 11 <= stopped < STEPS
     assert Checkpoints(f"{job.storage}/told").steps() == [restarted, stopped]
     assert tracking.find_run("told").info.status == "KILLED"
 
@@ -112,33 +120,41 @@ def test_told_to_end_it_saves_and_goes_on(mrcnn: Commands, job: TrainJob, undist
     run = tracking.find_run("told")
     assert run.info.status == "FINISHED"
     steps = [each.step for each in tracking.client().get_metric_history(run.info.run_id, "train/loss")]
-    assert set(range(2, 121, 2)) <= set(steps) <= {*range(2, 121, 2), restarted, stopped}
+    logged = set(range(2, STEPS + 1, 2))
+    assert logged <= set(steps) <= logged | {restarted, stopped}
 
 
 @pytest.fixture
-def nodes() -> Iterator[Nodes]:
-    with ray_nodes([{}, {}, {}], {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}) as nodes:
+def nodes(seen: Seen) -> Iterator[Nodes]:
+    with ray_nodes([{}, {}, {}], environment(seen.folder)) as nodes:
         yield nodes
 
 
 def test_a_node_that_will_be_taken_away(
-    nodes: Nodes, mrcnn: Commands, job: TrainJob, undisturbed: dict[str, bytes]
+    nodes: Nodes, mrcnn: Commands, seen: Seen, job: TrainJob, undisturbed: dict[str, bytes]
 ) -> None:
-    environment = {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}", **nodes.client_environment}
-    running = start(mrcnn, job, "moved", **environment)
-    wait_for(running, lambda: "step 4/120" in running.out)
+    """Its workers take a step now and then, so that they are at work when they are told, and at the end of its time."""
+    holds = [seen.hold("moved", step) for step in range(5, STEPS + 1)]
+    address = {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}", **nodes.client_environment}
+    running = start(mrcnn, job, "moved", **address)
+    seen.wait_for("moved", lambda taken: taken.step == 5, count=2, still=running.process.is_alive)
     actors = training_actors(nodes)
     node = list(actors.values())[-1]
     drain(nodes, node, seconds=8)
     checkpoints = Checkpoints(f"{job.storage}/moved")
     told = time.monotonic()
-    wait_for(running, checkpoints.steps)
-    assert time.monotonic() - told < 8
+    while not checkpoints.steps():
+        assert time.monotonic() - told < 8
+        time.sleep(0.4)
+        holds.pop(0).unlink()
+    wait_for(running, lambda: "going on from" in running.out)
+    for hold in holds:
+        hold.unlink()
     done = running.wait()
     assert done.code == 0, done
     restarted = step_of(r"checkpoints at step (\d+)", running.out)
     assert restarted in checkpoints.steps()
-    assert 4 <= restarted < 120
+    assert 5 <= restarted < STEPS
     assert weights(job, "moved") == undisturbed
     assert node not in [on for actor, on in training_actors(nodes).items() if actor not in actors]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Literal
 
 import pytest
 
@@ -13,8 +14,8 @@ from jobs.cluster import ClusterSize, may_grow
 from jobs.config import TrainConfig, TrainJob, WorkerRange
 
 
-def job(workers: str) -> TrainJob:
-    return TrainJob(data="d", val_data="v", storage="s", run="r", workers=workers)
+def job(workers: str, device: Literal["auto", "gpu", "cpu"] = "auto") -> TrainJob:
+    return TrainJob(data="d", val_data="v", storage="s", run="r", workers=workers, device=device)
 
 
 def test_a_number_or_a_range() -> None:
@@ -60,6 +61,21 @@ def test_what_the_cluster_never_has(
     else:
         with pytest.raises(ValueError, match=expected):
             driver._check_cluster(job(workers))
+
+
+def test_a_device_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def has(nodes: Mapping[str, float], *, may_grow: bool) -> None:
+        monkeypatch.setattr(driver, "cluster_size", lambda: ClusterSize((nodes,), may_grow))
+
+    has({"CPU": 4}, may_grow=True)
+    assert not driver._check_cluster(job("2"))
+    assert driver._check_cluster(job("2", "gpu"))
+    assert "workers is 2, but the Ray cluster has 0 GPUs: waiting for nodes" in capsys.readouterr().out
+    has({"CPU": 4}, may_grow=False)
+    with pytest.raises(ValueError, match="has 0 GPUs: add nodes that have some, or drop --device gpu"):
+        driver._check_cluster(job("2", "gpu"))
+    has({"CPU": 4, "GPU": 1}, may_grow=False)
+    assert not driver._check_cluster(job("4", "cpu"))
 
 
 def test_whether_a_cluster_may_grow() -> None:

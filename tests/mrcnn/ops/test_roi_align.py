@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from roi_cases import (
     ATOL,
     SAMPLINGS,
     STRIDE,
+    OutputAndGrads,
     all_rois,
     assert_same,
     degenerate_rois,
@@ -27,6 +28,18 @@ from mrcnn.ops import reference
 from mrcnn.ops._library import Rule
 
 
+def assert_same_as_torchvision(ours: OutputAndGrads, features: Sequence[Tensor], rois: Tensor, *, atol, **sampling):
+    """Outputs and gradients, where torchvision's own rounding is allowed on top.
+
+    It adds up the gradient of a pixel one sample after the other in float32. At a corner of the map, where thousands of
+    samples of a RoI that reaches beyond it fall on one pixel, its sum is wrong in the fifth digit.
+    """
+    theirs = output_and_grad(torchvision.ops.roi_align, features, rois, **sampling)
+    exact = output_and_grad(torchvision.ops.roi_align, [level.double() for level in features], rois.double(), **sampling)
+    rounding = [(grad - better).abs() for grad, better in zip(theirs[1], exact[1], strict=True)]
+    assert_same(ours, theirs, atol=atol, rounding=rounding)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(7, 7), (14, 14), (3, 5), (1, 1)])
 @pytest.mark.parametrize(("sampling_ratio", "aligned"), [*SAMPLINGS, (4, True), (11, False)])
@@ -35,8 +48,7 @@ def test_equals_torchvision(generator, dtype, size, sampling_ratio, aligned):
     rois = that_torchvision_takes(all_rois(generator, dtype), sampling_ratio=sampling_ratio, aligned=aligned)
     sampling = {"sampling_ratio": sampling_ratio, "aligned": aligned, "spatial_scale": 1 / STRIDE}
     ours = output_and_grad(ops.roi_align, [features], rois, output_size=size, **sampling)
-    theirs = output_and_grad(torchvision.ops.roi_align, [features], rois, output_size=size, **sampling)
-    assert_same(ours, theirs, atol=ATOL[dtype])
+    assert_same_as_torchvision(ours, [features], rois, atol=ATOL[dtype], output_size=size, **sampling)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 16, 33])
@@ -44,8 +56,7 @@ def test_equals_torchvision_whatever_the_channels(generator, channels):
     features, rois = features_like(generator, channels=channels), all_rois(generator, torch.float32)
     sampling = {"output_size": 7, "sampling_ratio": 2, "aligned": True, "spatial_scale": 1 / STRIDE}
     ours = output_and_grad(ops.roi_align, [features], rois, **sampling)
-    theirs = output_and_grad(torchvision.ops.roi_align, [features], rois, **sampling)
-    assert_same(ours, theirs, atol=2e-5)
+    assert_same_as_torchvision(ours, [features], rois, atol=ATOL[torch.float32], **sampling)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 8, 9, 31, 64, 67])
@@ -55,8 +66,7 @@ def test_equals_torchvision_whatever_the_width(generator, width):
     rois[:, [1, 3]] *= width * STRIDE / 68
     sampling = {"output_size": 7, "sampling_ratio": 2, "aligned": True, "spatial_scale": 1 / STRIDE}
     ours = output_and_grad(ops.roi_align, [features], rois, **sampling)
-    theirs = output_and_grad(torchvision.ops.roi_align, [features], rois, **sampling)
-    assert_same(ours, theirs, atol=2e-5)
+    assert_same_as_torchvision(ours, [features], rois, atol=ATOL[torch.float32], **sampling)
 
 
 @pytest.mark.parametrize(("sampling_ratio", "aligned"), SAMPLINGS)
