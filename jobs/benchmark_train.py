@@ -50,7 +50,9 @@ class OverheadSizes:
     """Their shorter side in pixels, for what is trained"""
     loader_side: int = 800
     """The same for what the loader alone reads"""
-    steps: int = 60
+    warm_up_steps: int = 60
+    """Not timed: so long other processes of Ray are still about to start on the same cores"""
+    steps: int = 180
     report_every: int = 5
     """Steps between two moments"""
     batch: int = 2
@@ -113,8 +115,8 @@ def run_overhead_benchmark(
         ours: list[float] = []
         plain: list[float] = []
         for i in range(repeats):
-            ours += _intervals(_ray_times(config, data, folder, f"run-{i}"), config)
-            plain += _intervals(_in_own_process(_plain_times, config, data, device), config)
+            ours += _intervals(_ray_times(config, data, folder, f"run-{i}"), sizes)
+            plain += _intervals(_in_own_process(_plain_times, config, data, device), sizes)
         (share,) = _in_own_process(_data_wait, replace(config, steps=sizes.loader_steps), loader_data, device)
     machine = machine_of(torch.device(device), threads) | {"ray": ray.__version__}
     return OverheadReport(machine, statistics.median(ours), statistics.median(plain), share, len(ours))
@@ -123,8 +125,9 @@ def run_overhead_benchmark(
 def _config(sizes: OverheadSizes) -> TrainConfig:
     never = 10**9
     return replace(
-        PRESETS["toy"], optimizer=OptimizerConfig(base_lr=0.01), steps=sizes.steps, global_batch=sizes.batch,
-        log_every=sizes.report_every, evaluate_every=never, checkpoint_every=never, pictures=0,
+        PRESETS["toy"], optimizer=OptimizerConfig(base_lr=0.01), steps=sizes.warm_up_steps + sizes.steps,
+        global_batch=sizes.batch, log_every=sizes.report_every, evaluate_every=never, checkpoint_every=never,
+        pictures=0,
     )  # fmt: skip
 
 
@@ -164,10 +167,11 @@ def _ray_times(config: TrainConfig, data: str, folder: Path, run: str) -> list[f
     return [metric.timestamp / 1000 for metric in sorted(history, key=lambda metric: metric.step)]
 
 
-def _intervals(times: Sequence[float], config: TrainConfig) -> list[float]:
-    """Images a second between two moments; the first interval warms up."""
-    images = config.global_batch * config.log_every
-    return [images / (after - before) for before, after in pairwise(times[1:])]
+def _intervals(times: Sequence[float], sizes: OverheadSizes) -> list[float]:
+    """Images a second between two moments, once it is warm."""
+    images = sizes.batch * sizes.report_every
+    warm = times[(sizes.warm_up_steps - 1) // sizes.report_every :]
+    return [images / (after - before) for before, after in pairwise(warm)]
 
 
 def _in_own_process(

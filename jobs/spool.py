@@ -20,6 +20,7 @@ from jobs.redaction import in_one_line
 from pipelines.storage import Store
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two tries
+GATHER_SECONDS = 5.0  # between two deliveries of parts
 MEMORY = 16 * 2**20  # bytes that may wait in memory
 BATCH = 500  # parts of a file that are sent at once
 
@@ -131,6 +132,13 @@ class Spool:
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 pause = FIRST_PAUSE
+                self._gather()
+
+    def _gather(self) -> None:
+        """Let parts come together once all are sent: many cost the receiver, and this process, as much as a few."""
+        with self._changed:
+            if self._parts and not self._has_work():
+                self._changed.wait_for(lambda: self._closing, GATHER_SECONDS)
 
     def _send_next(self) -> None:
         if self._kept is None:

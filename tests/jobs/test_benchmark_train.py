@@ -15,7 +15,9 @@ from jobs.benchmark_train import OverheadReport, OverheadSizes, run_overhead_ben
 from jobs.cli import main
 from jobs.presets import PRESETS
 
-SIZES = OverheadSizes(images=4, side=64, loader_side=96, steps=8, report_every=2, batch=2, loader_steps=3)
+SIZES = OverheadSizes(
+    images=4, side=64, loader_side=96, warm_up_steps=4, steps=4, report_every=2, batch=2, loader_steps=3
+)
 
 
 def test_the_benchmark_runs_and_reports(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,16 +26,16 @@ def test_the_benchmark_runs_and_reports(ray_cluster: None, monkeypatch: pytest.M
     before = dict(os.environ)
     report = run_overhead_benchmark(threads=1, repeats=1, sizes=SIZES)
     assert dict(os.environ) == before
-    assert report.intervals == 2  # of four moments the first interval warms up
+    assert report.intervals == 2  # between the moments after steps 4, 6 and 8
     assert report.ray_train > 0
     assert report.plain_loop > 0
     assert 0 <= report.data_wait_share < 1
     assert {"CPU", "torch", "ray"} <= report.machine.keys()
 
 
-def test_the_first_interval_does_not_count() -> None:
-    config = replace(PRESETS["toy"], global_batch=4, log_every=5)
-    assert benchmark_train._intervals([0.0, 100.0, 102.0, 106.0], config) == [10.0, 5.0]
+def test_what_warms_up_does_not_count() -> None:
+    sizes = OverheadSizes(batch=4, report_every=5, warm_up_steps=10)
+    assert benchmark_train._intervals([0.0, 100.0, 102.0, 106.0], sizes) == [10.0, 5.0]
 
 
 def test_the_table_and_the_file(tmp_path: Path) -> None:
