@@ -35,7 +35,8 @@ def assert_same_as_torchvision(ours: OutputAndGrads, features: Sequence[Tensor],
     samples of a RoI that reaches beyond it fall on one pixel, its sum is wrong in the fifth digit.
     """
     theirs = output_and_grad(torchvision.ops.roi_align, features, rois, **sampling)
-    exact = output_and_grad(torchvision.ops.roi_align, [level.double() for level in features], rois.double(), **sampling)
+    doubled = [level.double() for level in features]
+    exact = output_and_grad(torchvision.ops.roi_align, doubled, rois.double(), **sampling)
     rounding = [(grad - better).abs() for grad, better in zip(theirs[1], exact[1], strict=True)]
     assert_same(ours, theirs, atol=atol, rounding=rounding)
 
