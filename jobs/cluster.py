@@ -9,11 +9,12 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 CONNECT_SECONDS = 5
+API_ADDRESS = "RAY_API_SERVER_ADDRESS"
 LOCAL = (None, "local")  # values of RAY_ADDRESS with which a Ray is started here
 
 # Where buckets and MLflow are, and how long to wait, for workers on other machines. No credential is among them: Ray
@@ -55,20 +56,45 @@ def ray_session(cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _connect(address, cpus)
-    try:
+    with ExitStack() as stack:
+        dashboard_port = stack.enter_context(_own_dashboard()) if address in LOCAL else None
+        _connect(address, cpus, dashboard_port)
+        stack.callback(ray.shutdown)
         _quiet_progress()
         yield
+
+
+@contextmanager
+def _own_dashboard() -> Iterator[int]:
+    """A port for the dashboard of a Ray that is started here, by which its processes find it.
+
+    Ray Train asks the dashboard for its actors, and would take another cluster's: the one that this variable names for
+    `mrcnn submit`, or, where several run on this machine, none.
+    """
+    before = os.environ.get(API_ADDRESS)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    os.environ[API_ADDRESS] = f"http://127.0.0.1:{port}"
+    try:
+        yield port
     finally:
-        ray.shutdown()
+        del os.environ[API_ADDRESS]
+        if before is not None:
+            os.environ[API_ADDRESS] = before
 
 
-def _connect(address: str | None, cpus: int | None) -> None:
+def _connect(address: str | None, cpus: int | None, dashboard_port: int | None) -> None:
     import ray
 
     common: dict[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
     if address in LOCAL:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=True, dashboard_host="127.0.0.1", **common)
+        dashboard: dict[str, Any] = {
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": dashboard_port,
+        }
+        ray.init(address="local", num_cpus=cpus, **dashboard, **common)
         return
     _check_reachable(address)
     try:

@@ -10,7 +10,6 @@ from ray.exceptions import RayActorError
 from ray.train import UserCallback
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from jobs.checkpoint import Checkpoints
 from jobs.guards import BatchTooLargeError, NonFiniteLossError
 from pipelines.storage_errors import UnreachableError
 
@@ -48,6 +47,9 @@ class EndOfTries(UserCallback):
             _end_quietly(GivenUpError(told))
 
     def _newest_step(self) -> int:
+        # not at the top: every training waits for the controller to import this module, and for the model's beyond it
+        from jobs.checkpoint import Checkpoints
+
         try:
             return max(Checkpoints(self._phase_uri).steps(), default=0)
         except UnreachableError:

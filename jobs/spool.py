@@ -132,13 +132,6 @@ class Spool:
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 pause = FIRST_PAUSE
-                self._gather()
-
-    def _gather(self) -> None:
-        """Let parts come together once all are sent: many cost the receiver, and this process, as much as a few."""
-        with self._changed:
-            if self._parts and not self._has_work():
-                self._changed.wait_for(lambda: self._closing, GATHER_SECONDS)
 
     def _send_next(self) -> None:
         if self._kept is None:
@@ -153,6 +146,8 @@ class Spool:
             with self._changed:
                 self._forget(items)
                 self._count_progress()
+                if self._parts and not self._waiting:  # let some come together: they cost little more than one
+                    self._changed.wait_for(lambda: self._closing, GATHER_SECONDS)
 
     def _look(self) -> None:
         """Find what earlier spools have left."""

@@ -17,7 +17,7 @@ from jobs import spool
 from jobs.spool import Item, Spool
 from pipelines.storage import open_store
 
-AT_ONCE = 0.5  # seconds; generous, for a call that waits for nobody
+AT_ONCE = 2.0  # seconds; generous, for a call that waits for nobody
 
 
 class Receiver:
@@ -26,12 +26,14 @@ class Receiver:
     def __init__(self) -> None:
         self.got: list[tuple[str, bytes]] = []
         self.down = False
+        self.calls = 0
         self.answers = threading.Event()
         self.answers.set()
         self.callers: set[str] = set()
         self.asked = threading.Event()
 
     def __call__(self, items: Sequence[Item]) -> None:
+        self.calls += 1
         self.callers.add(threading.current_thread().name)
         self.asked.set()
         self.answers.wait()
@@ -95,6 +97,18 @@ def test_nobody_waits_for_a_receiver_that_hangs(tmp_path: Path, receiver: Receiv
     make(tmp_path, receiver).close(patience=5)
     assert sorted(set(receiver.lines), key=int) == numbers(101)
     assert files(tmp_path) == []
+
+
+def test_parts_that_come_one_by_one_are_sent_together(tmp_path: Path, receiver: Receiver) -> None:
+    queue = make(tmp_path, receiver)
+    queue.put(line(0))
+    assert receiver.asked.wait(5)
+    for i in range(1, 20):
+        queue.put(line(i))
+        time.sleep(0.01)
+    queue.close(patience=5)
+    assert receiver.lines == numbers(20)
+    assert receiver.calls == 2
 
 
 def test_a_receiver_that_comes_back_gets_everything(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -45,6 +46,22 @@ def test_no_secret_is_sent_through_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "planted" not in str(sent)
     assert "https://s3.example.org" in str(sent)
     assert "'MRCNN_S3_READ_SECONDS': '71'" in str(sent)
+
+
+@pytest.mark.parametrize("named", [None, "http://head:8265"])
+def test_a_ray_of_its_own_finds_its_own_dashboard(monkeypatch: pytest.MonkeyPatch, named: str | None) -> None:
+    """Whatever cluster jobs are sent to."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    if named:
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", named)
+    ports: list[int] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: ports.append(options["dashboard_port"]))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with ray_session():
+        assert os.environ["RAY_API_SERVER_ADDRESS"] == f"http://127.0.0.1:{ports[0]}"
+    assert os.environ.get("RAY_API_SERVER_ADDRESS") == named
 
 
 def test_refuses_no_cpus() -> None:
