@@ -146,6 +146,8 @@ COMMANDS: dict[str, Any] = {
     "evaluate": commands.evaluate,
     "register": commands.register,
     "promote": commands.promote,
+    "rollback": commands.rollback,
+    "models": commands.models,
     "predict": commands.predict,
     "convert-weights": convert_weights,
     "benchmark": commands.benchmark,

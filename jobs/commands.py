@@ -5,6 +5,8 @@ What a command needs is imported when it runs, so that help and mistakes are tol
 
 from __future__ import annotations
 
+from typing import Literal
+
 from jobs.benchmark_names import AnyBenchmarkName
 
 
@@ -96,22 +98,49 @@ def register(run: str, name: str, best: bool = False) -> None:
     """
     from jobs.registry import register as run_register
 
-    version = run_register(run, name, best=best)
-    print(f"registered {'the best of ' if best else ''}{run} as models:/{name}/{version}")
+    made = run_register(run, name, best=best)
+    what = f"{'the best of ' if best else ''}{run}"
+    print(f"registered {what} as {made.uri}" if made.is_new else f"{what} is {made.uri} already")
 
 
-def promote(name: str, version: int, alias: str = "champion") -> None:
-    """Let an alias point to a version, unless the present one is better on the same validation data.
+def promote(name: str, version: int, alias: str = "champion", force: bool = False) -> None:
+    """Let an alias point to a version that is not worse on the same validation data than the one it points to.
 
     Args:
         name: Name of the registered model.
         version: The version's number.
-        alias: The alias that moves.
+        alias: The alias that moves; the version that had it becomes `previous` (previous-ALIAS but for champion).
+        force: Move it whatever was measured; a tag of the version will tell.
     """
     from jobs.registry import promote as run_promote
 
-    run_promote(name, version, alias)
-    print(f"models:/{name}@{alias} is version {version} now")
+    print(run_promote(name, version, alias, force=force))
+
+
+def rollback(name: str, alias: str = "champion") -> None:
+    """Let an alias point to the version again that the last promotion took it from: one step back, not more.
+
+    Args:
+        name: Name of the registered model.
+        alias: The alias that moves.
+    """
+    from jobs.registry import rollback as run_rollback
+
+    print(run_rollback(name, alias))
+
+
+def models(action: Literal["list"], /, name: str | None = None) -> None:
+    """Show the registered models: versions, aliases, what was measured on which validation data, and their runs.
+
+    Args:
+        action: What to do.
+        name: Of one registered model; by default all.
+    """
+    from jobs.model_list import table
+    from jobs.registry import list_versions
+
+    versions = list_versions(name)
+    print(table(versions) if versions else "no model is registered: make one with mrcnn register")
 
 
 def predict(model: str, images: str, out: str, overlays: int = 0, cpus: int | None = None) -> None:

@@ -1,64 +1,56 @@
-"""Versions of models in MLflow's registry: register, promote, and fetch.
+"""Versions of models in MLflow's registry: register, promote, roll back, list, and fetch.
 
-A version holds model.safetensors and config.json (settings, preprocessing, label map) and a pyfunc made from
-code; its tags hold the metrics and the digest of the data that they were measured on. Nothing is pickled.
+A version holds model.safetensors, config.json, what `version_files` makes (label map, preprocessing, evaluation), and a
+pyfunc made from code with signature and example; its tags hold the metrics and the digest of the data that they were
+measured on, its description the same for people. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import logging
-import math
-import os
 import re
 import tempfile
-import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import mlflow
+from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
-from mlflow.types.schema import Array, Object, Property
-from PIL import Image
 
 from jobs import tracking
-from jobs.checkpoint import EVALUATION_FILE
-from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE, load_model
+from jobs.evaluated import Evaluated, of_checkpoint, of_last_step
+from jobs.model_list import Version
+from jobs.promotion import Candidate, Move, Objection, objection
+from jobs.registry_log import ARTIFACT, log_model
+from jobs.registry_store import aliases_of, ensure_model, find_version, is_registered, pages, versions_of, what_there_is
+from jobs.version_files import describe, version_files
+from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE, model_from_files
 from pipelines.storage import open_store
 
 CHAMPION = "champion"
 PREVIOUS = "previous"
 FORCED_TAG = "mrcnn.promoted_by_force"
-
-PYFUNC = Path(__file__).with_name("pyfunc_model.py")
-ARTIFACT = "model"  # as in pyfunc_model.py
+ROLLED_BACK_TAG = "mrcnn.rolled_back"
+WEIGHTS_TAG, STEP_TAG = "mrcnn.weights_sha256", "mrcnn.step"
 FILES = (WEIGHTS_FILE, CONFIG_FILE)
-REQUIREMENTS = (
-    "mrcnn-on-ray",
-    "torch",
-    "torchvision",
-    "numpy",
-    "pandas",
-    "pillow",
-    "pycocotools",
-    "safetensors",
-)
 
-_MODEL_URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
-_UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the latter for an alias
+_NAME = re.compile(r"\w(?:[\w .-]*[\w.-])?")  # of a new model; MLflow itself takes what no URI or search could hold
 
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # MLflow warns of type hints of its own
-    import mlflow.pyfunc
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a registered model."""
+
+    name: str
+    version: int
+    is_new: bool
+
+    @property
+    def uri(self) -> str:
+        """models:/NAME/VERSION"""
+        return f"models:/{self.name}/{self.version}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,7 @@ def resolve_model(uri: str) -> ResolvedModel:
     if not uri.startswith("models:"):
         store = open_store(uri).check_folder()
         return ResolvedModel(uri, None, {name: store.read_bytes(name) for name in FILES})
-    found = _find_version(uri)
+    found = find_version(uri)
     with tempfile.TemporaryDirectory(prefix="mrcnn-") as folder, tracking.readable_errors():
         path = Path(
             mlflow.artifacts.download_artifacts(
@@ -100,166 +92,161 @@ def resolve_model(uri: str) -> ResolvedModel:
     return ResolvedModel(uri, f"models:/{found.name}/{found.version}", files)
 
 
-def register(run: str, name: str, *, best: bool = False) -> int:
-    """Make the model of a run (its name or id), or the `best` of its checkpoints, the next version of `name`. Returns
-    the version's number.
+def register(run: str, name: str, *, best: bool = False) -> Registered:
+    """Make the model of a run (its name or id), or the `best` of its checkpoints, the next version of `name`. Where it
+    is a version already, with the same numbers, no other one is made.
 
-    Raises ValueError for an unknown run, or one without a model or an evaluation.
+    Raises ValueError for an unknown run, one without a model or an evaluation, or a name that no URI could hold.
     """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"name is {name!r}, but may have letters, digits, spaces, '.', '_' and '-' only, a letter or digit first"
+        )
     found = tracking.find_run(run)
-    model_uri = found.data.tags.get(tracking.BEST_TAG if best else tracking.MODEL_URI_TAG)
-    metrics = _metrics_of_checkpoint(model_uri) if best and model_uri else found.data.metrics
-    measured = [key for key in tracking.MEASURES if metrics.get(key) is not None]
-    if model_uri is None or not measured or found.info.status != "FINISHED":
-        raise ValueError(f"run {run!r} ({found.info.status}) has no evaluated model: let its training finish first")
-    model = resolve_model(model_uri)
-    tags = {key: value for key, value in found.data.tags.items() if key.startswith("mrcnn.")}
-    tags |= {tracking.MODEL_URI_TAG: model_uri, **{key: str(metrics[key]) for key in measured}}
-    tags["mrcnn.weights_sha256"] = model.sha256[WEIGHTS_FILE]
+    model_uri, evaluated = _model_of_run(found, best=best)
+    resolved = resolve_model(model_uri)
+    model = model_from_files(resolved.files, model_uri)  # a version that cannot be loaded must not come to be
+    run_name = found.info.run_name or found.info.run_id
+    tags = _version_tags(found, resolved, evaluated) | {tracking.RUN_NAME_TAG: run_name}
+    files = resolved.files | version_files(model, evaluated)
     with tracking.readable_errors():
         store = tracking.client()
-        if not _is_registered(store, name):  # first, because MLflow checks the name here
-            store.create_registered_model(name)
-        model_id = _log_model(model, run_id=found.info.run_id, experiment_id=found.info.experiment_id)
+        if known := _same_version(store, name, tags, found.info.run_id):
+            return Registered(name, int(known.version), is_new=False)
+        model_id = log_model(files, run=found, step=evaluated.step, tags=tags)
+        ensure_model(store, name)
         made = store.create_model_version(
-            name, source=f"models:/{model_id}", run_id=found.info.run_id, tags=tags, model_id=model_id
+            name,
+            source=f"models:/{model_id}",
+            run_id=found.info.run_id,
+            tags=tags,
+            description=describe(model, evaluated, run=run_name),
+            model_id=model_id,
         )
-    return int(made.version)
+    return Registered(name, int(made.version), is_new=True)
 
 
-def _metrics_of_checkpoint(uri: str) -> dict[str, float | None]:
-    metrics: dict[str, float | None] = json.loads(open_store(uri).read_bytes(EVALUATION_FILE))["metrics"]
-    return metrics
+def _model_of_run(run: Run, *, best: bool) -> tuple[str, Evaluated]:
+    """Where a run's model is, and what it was measured with."""
+    said = f"run {run.info.run_name!r} ({run.info.status}) has no evaluated model"
+    model_uri = run.data.tags.get(tracking.BEST_TAG if best else tracking.MODEL_URI_TAG)
+    if model_uri is None or run.info.status != "FINISHED":
+        raise ValueError(f"{said}: let its training finish first")
+    digest, data = run.data.tags.get(tracking.VAL_DIGEST_TAG, ""), run.data.params.get("val_data")
+    try:
+        return model_uri, of_checkpoint(model_uri) if best else of_last_step(model_uri, data_digest=digest, data=data)
+    except ValueError as error:
+        raise ValueError(f"{said}: {error}") from error
 
 
-def promote(name: str, version: int, alias: str = CHAMPION, *, force: bool = False) -> None:
+def _version_tags(run: Run, model: ResolvedModel, evaluated: Evaluated) -> dict[str, str]:
+    of_training = (tracking.BEST_TAG, tracking.UNEVALUATED_TAG)
+    tags = {key: value for key, value in run.data.tags.items() if key.startswith("mrcnn.") and key not in of_training}
+    tags |= {key: str(value) for key, value in evaluated.metrics.items()}
+    tags |= {
+        tracking.MODEL_URI_TAG: model.uri,
+        tracking.VAL_DIGEST_TAG: evaluated.data_digest,
+        WEIGHTS_TAG: model.sha256[WEIGHTS_FILE],
+        STEP_TAG: str(evaluated.step),
+    }
+    return tracking.clean_tags(tags)
+
+
+def _same_version(store: mlflow.MlflowClient, name: str, tags: Mapping[str, str], run_id: str) -> ModelVersion | None:
+    """The version, if there is one, with all these tags; others may have been added to it. Only the folder may be
+    another: the last step can be the best one, too."""
+    wanted = {key: value for key, value in tags.items() if key != tracking.MODEL_URI_TAG}.items()
+    versions = versions_of(store, name) if is_registered(store, name) else []
+    return next((v for v in versions if v.run_id == run_id and wanted <= v.tags.items()), None)
+
+
+def promote(name: str, version: int, alias: str = CHAMPION, *, force: bool = False) -> Move:
     """Let `alias` point to a version; the version that had it gets the alias previous (or previous-ALIAS).
 
-    Raises ValueError for an unknown version, and, unless `force`d (a tag will tell), for one whose mask AP (keypoint
-    AP, box AP where neither model has masks, keypoints) is below that of the alias' present version on the same
-    validation data.
+    Raises ValueError for an unknown version, and, unless `force`d (a tag will tell), for one that was not evaluated, or
+    on other data than the alias' present version, or is worse: `jobs.promotion.objection`.
     """
-    candidate = _find_version(f"models:/{name}/{version}")
+    if alias.startswith(PREVIOUS):
+        raise ValueError(f"alias is {alias!r}, but what begins with {PREVIOUS!r} is kept by promote: name another one")
+    found = find_version(f"models:/{name}/{version}")
+    candidate = Candidate(name, str(version), found.tags)
     with tracking.readable_errors():
         store = tracking.client()
-        present = str(store.get_registered_model(name).aliases.get(alias, ""))
-        if present == str(version):
-            return
-        if present:
-            if not force:
-                _check_not_worse(candidate, store.get_model_version(name, present), alias)
-            previous = PREVIOUS if alias == CHAMPION else f"{PREVIOUS}-{alias}"
-            store.set_registered_model_alias(name, previous, present)
+        present, against = _judge(store, candidate, alias)
+        if present == candidate.version:
+            return Move(name, alias, candidate.version, before=present)
+        if against and not force:
+            raise ValueError(str(against))
+        if present:  # first: what happens to us between the two, no alias is lost
+            store.set_registered_model_alias(name, _previous(alias), present)
         if force:
-            store.set_model_version_tag(name, str(version), FORCED_TAG, alias)
-        store.set_registered_model_alias(name, alias, str(version))
+            reason = against.reason if against else "nothing stood against it"
+            store.set_model_version_tag(name, candidate.version, FORCED_TAG, f"{alias}: {reason}")
+        store.set_registered_model_alias(name, alias, candidate.version)
+    return Move(name, alias, candidate.version, before=present, overruled=against.reason if against else None)
 
 
-def _check_not_worse(candidate: ModelVersion, present: ModelVersion, alias: str) -> None:
-    digest = tracking.VAL_DIGEST_TAG
-    if candidate.tags.get(digest) != present.tags.get(digest):
-        return  # measured on other data: the numbers say nothing about each other
-    measure = next((key for key in tracking.MEASURES if key in candidate.tags or key in present.tags), "val/box_AP")
-    ours, theirs = (float(version.tags.get(measure, "nan")) for version in (candidate, present))
-    if ours < theirs or (math.isnan(ours) and not math.isnan(theirs)):
-        raise ValueError(
-            f"version {candidate.version} of {candidate.name} has {_in_words(measure)} {ours:.4f}, the {alias}, "
-            f"version {present.version}, has {theirs:.4f} on the same validation data: {alias} stays where it is"
-        )
+def _judge(store: mlflow.MlflowClient, candidate: Candidate, alias: str) -> tuple[str | None, Objection | None]:
+    """The alias' present version, and what stands against the candidate's taking its place.
+
+    MLflow moves an alias without asking where it was. So it is looked at once more right before: of two people who
+    promote, the later one is measured with the earlier one's version, but for some milliseconds.
+    """
+    present = aliases_of(store, candidate.name).get(alias)
+    while True:
+        before = store.get_model_version(candidate.name, present) if present else None
+        champion = Candidate(candidate.name, str(before.version), before.tags) if before else None
+        against = objection(candidate, champion, alias)
+        again = aliases_of(store, candidate.name).get(alias)
+        if again == present:
+            return present, against
+        present = again
 
 
-def _in_words(measure: str) -> str:
-    return measure.removeprefix("val/").replace("_", " ")
+def rollback(name: str, alias: str = CHAMPION) -> Move:
+    """Let `alias` point to the version again that the last promotion took it from. That goes back one promotion: the
+    alias previous is then gone, until the next one.
 
-
-def _find_version(uri: str) -> ModelVersion:
-    match = _MODEL_URI.fullmatch(uri)
-    if match is None:
-        raise ValueError(f"{uri!r} is no model: write models:/NAME@ALIAS, models:/NAME/VERSION or a folder")
-    name, alias, version = match["name"], match["alias"], match["version"]
+    Raises ValueError where there is no such version, or it was deleted.
+    """
     with tracking.readable_errors():
         store = tracking.client()
-        try:
-            if alias:
-                return store.get_model_version_by_alias(name, alias)
-            return store.get_model_version(name, version)
-        except MlflowException as error:
-            if error.error_code not in _UNKNOWN:
-                raise
-        raise ValueError(f"{uri} does not exist: {_what_there_is(store, name)}")
+        if not is_registered(store, name):
+            raise ValueError(f"there is no model {name}: {what_there_is(store, name)}")
+        aliases = aliases_of(store, name)
+        present, back = aliases.get(alias), aliases.get(_previous(alias))
+        if back is None or back == present:
+            raise ValueError(
+                f"{name} has no {_previous(alias)} version to go back to: nothing was promoted over another one since "
+                f"the last rollback, or that one was deleted; {what_there_is(store, name)}"
+            )
+        find_version(f"models:/{name}/{back}")
+        store.set_registered_model_alias(name, alias, back)
+        store.delete_registered_model_alias(name, _previous(alias))
+        if present:
+            store.set_model_version_tag(name, present, ROLLED_BACK_TAG, alias)
+    return Move(name, alias, back, before=present)
 
 
-def _what_there_is(store: mlflow.MlflowClient, name: str) -> str:
-    if not _is_registered(store, name):
-        known = sorted(model.name for model in store.search_registered_models())
-        return f"MLflow at {tracking.redact(tracking.tracking_uri())} has the models {known}"
-    versions = sorted(int(v.version) for v in store.search_model_versions(f"name = '{name}'"))
-    return f"{name} has the versions {versions} and the aliases {store.get_registered_model(name).aliases}"
+def list_versions(name: str | None = None) -> list[Version]:
+    """All versions of a registered model, or of all. Raises ValueError for an unknown one."""
+    with tracking.readable_errors():
+        store = tracking.client()
+        if name is not None and not is_registered(store, name):
+            raise ValueError(f"there is no model {name}: {what_there_is(store, name)}")
+        names = [name] if name else [model.name for model in pages(store.search_registered_models)]
+        return [version for each in names for version in _listed(store, each)]
 
 
-def _is_registered(store: mlflow.MlflowClient, name: str) -> bool:
-    try:
-        store.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
-    return True
+def _listed(store: mlflow.MlflowClient, name: str) -> Iterator[Version]:
+    by_version: dict[str, list[str]] = {}
+    for alias, version in sorted(aliases_of(store, name).items()):
+        by_version.setdefault(version, []).append(alias)
+    for found in versions_of(store, name):
+        number = str(found.version)
+        aliases = tuple(by_version.get(number, ()))
+        yield Version(name, int(number), aliases, found.creation_timestamp, found.run_id or "", found.tags)
 
 
-def _log_model(model: ResolvedModel, *, run_id: str, experiment_id: str) -> str:
-    """Put the files and the pyfunc into MLflow as a model of the run. Returns MLflow's id of it."""
-    mlflow.set_tracking_uri(tracking.tracking_uri())
-    mlflow.set_experiment(experiment_id=experiment_id)
-    with tempfile.TemporaryDirectory(prefix="mrcnn-") as temporary:
-        folder = Path(temporary, ARTIFACT)
-        folder.mkdir()
-        for name, data in model.files.items():
-            (folder / name).write_bytes(data)
-        load_model(folder)  # a version that cannot be loaded must not come to be
-        logged = Model.log(
-            artifact_path=None,
-            name=ARTIFACT,
-            flavor=mlflow.pyfunc,
-            run_id=run_id,
-            python_model=str(PYFUNC),
-            artifacts={ARTIFACT: str(folder)},
-            signature=_signature(),
-            input_example=[_example_image()],
-            # given, because MLflow would otherwise run the model to find out
-            pip_requirements=[f"{package}=={installed_version(package)}" for package in REQUIREMENTS],
-        )
-    return logged.model_id
-
-
-def _example_image() -> bytes:
-    """A gray PNG; MLflow tries the model on it."""
-    file = io.BytesIO()
-    Image.new("RGB", (64, 64), "gray").save(file, "png")
-    return file.getvalue()
-
-
-def _signature() -> ModelSignature:
-    """Of jobs/pyfunc_model.py: image files in; size and detections out."""
-    rle = Object([Property("size", Array(DataType.long)), Property("counts", DataType.string)])
-    detection = Object(
-        [
-            Property("label", DataType.long),
-            Property("category_id", DataType.long),
-            Property("category", DataType.string),
-            Property("score", DataType.double),
-            Property("box", Array(DataType.double)),
-            Property("rle", rle, required=False),
-            Property("keypoints", Array(DataType.double), required=False),
-        ]
-    )
-    return ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary)]),
-        outputs=Schema(
-            [
-                ColSpec(DataType.long, "height"),
-                ColSpec(DataType.long, "width"),
-                ColSpec(Array(detection), "detections"),
-            ]
-        ),
-    )
+def _previous(alias: str) -> str:
+    return PREVIOUS if alias == CHAMPION else f"{PREVIOUS}-{alias}"

@@ -44,6 +44,8 @@ BEST_TAG = "mrcnn.best_checkpoint"
 """Folder of a run's best checkpoint, which is a model's, too."""
 UNEVALUATED_TAG = "mrcnn.failed_evaluations"
 """Steps of a run that could not be evaluated, and why."""
+RUN_NAME_TAG = "mrcnn.run_name"
+"""Name of the run that a registered version comes from."""
 
 MEASURES = ("val/mask_AP", "val/keypoint_AP", "val/box_AP")
 """What tells which of two models is better: the first of these that was measured."""

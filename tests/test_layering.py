@@ -14,7 +14,8 @@ FORBIDDEN = {
     "jobs": set(),
 }
 TRACKING = {"tracking.py", "tracking_log.py", "tracking_system.py"}
-ONLY_IN = {"mlflow": {*TRACKING, "registry.py", "pyfunc_model.py"}, "tyro": {"cli.py"}}
+REGISTRY = {"registry.py", "registry_log.py", "registry_store.py", "pyfunc_model.py"}
+ONLY_IN = {"mlflow": TRACKING | REGISTRY, "tyro": {"cli.py"}}
 
 
 def imported_packages(file: Path) -> set[str]:
