@@ -40,6 +40,9 @@ MODEL_URI_TAG = "mrcnn.model_uri"
 VAL_DIGEST_TAG = "mrcnn.val_digest"
 """Digest of the validation shards that the run's val/ metrics were measured on."""
 
+DIGEST_TAGS = {"training": "mrcnn.data_digest", "validation": VAL_DIGEST_TAG}
+"""By the context of a data set"""
+
 BEST_TAG = "mrcnn.best_checkpoint"
 """Folder of a run's best checkpoint, which is a model's, too."""
 UNEVALUATED_TAG = "mrcnn.failed_evaluations"
@@ -60,6 +63,7 @@ _ERRORS = (MlflowException, SQLAlchemyError, ImportError, RequestException, Boto
 _DATASET_NAME_LENGTH, _DIGEST_LENGTH = 500, 36  # MLflow's bounds
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for a file or two
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # 7 keep a user waiting for minutes on a wrong address
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the summary names the run
 set_telemetry_client()  # again: importing MLflow has looked at the variable already
@@ -163,7 +167,7 @@ def find_run(name_or_id: str) -> Run:
 
 
 def describe_run(handle: RunHandle, config: Mapping[str, Any], datasets: Sequence[DatasetOfRun]) -> None:
-    """Give a run its whole config as the artifact `config.json`, and its data sets as inputs.
+    """Give a run its whole config as the artifact `config.json`, and its data sets as inputs, their digests as tags.
 
     Raises ValueError where MLflow or the place of its artifacts refuses: better now than after days of training.
     """
@@ -171,6 +175,8 @@ def describe_run(handle: RunHandle, config: Mapping[str, Any], datasets: Sequenc
         store = mlflow.MlflowClient(handle.tracking_uri)
         store.log_text(handle.run_id, redact(json.dumps(config, indent=2, sort_keys=True)), CONFIG_ARTIFACT)
         store.log_inputs(handle.run_id, _inputs(datasets))
+        for each in datasets:
+            store.set_tag(handle.run_id, DIGEST_TAGS[each.context], each.digest)
 
 
 def read_artifact(uri: str) -> bytes:

@@ -220,12 +220,7 @@ def _create_run(
         experiment=job.experiment,
         name=job.run,
         params={**config.to_dict(), **where},
-        tags={
-            **tracking.standard_tags(),
-            tracking.MODEL_URI_TAG: store.uri_of("model"),
-            tracking.VAL_DIGEST_TAG: val_data.manifest.digest,
-            "mrcnn.data_digest": data.manifest.digest,
-        },
+        tags={**tracking.standard_tags(), tracking.MODEL_URI_TAG: store.uri_of("model")},
     )
 
 

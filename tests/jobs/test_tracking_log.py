@@ -269,6 +269,8 @@ def test_the_config_and_the_data_are_told(run: RunHandle) -> None:
     found = {each.tags[0].value: (each.dataset.name, each.dataset.digest) for each in inputs}
     assert found == {"training": ("s3://b/train", "a" * 36), "validation": ("s3://b/val", "b" * 36)}
     assert len(inputs) == 2
+    tags = tracking.client().get_run(run.run_id).data.tags
+    assert (tags["mrcnn.data_digest"], tags["mrcnn.val_digest"]) == ("a" * 64, "b" * 64)
     assert json.loads(inputs[0].dataset.profile)["manifest_digest"] in ("a" * 64, "b" * 64)
 
 
