@@ -25,6 +25,7 @@ from jobs.presets import PRESETS, Preset
 from jobs.stopping import Stopped
 from mrcnn.peer_names import Classes, Peer
 from pipelines.config import BuildConfig
+from pipelines.predict_options import PredictOptions, PredictRun
 
 DESCRIPTION = """Mask R-CNN on Ray: from images in an object store to masks.
 
@@ -63,6 +64,32 @@ def train(
             runs:/ID/config.json in MLflow.
     """
     raise ValueError(f"say what to train on: mrcnn train {preset} --data URI --val-data URI --storage URI --run NAME")
+
+
+def predict(
+    model: str,
+    images: str,
+    out: str,
+    options: Annotated[PredictOptions, tyro.conf.arg(name="")],
+    run: Annotated[PredictRun, tyro.conf.arg(name="")],
+    cpus: int | None = None,
+) -> None:
+    """Find objects and their masks in many images, each once. The same command goes on where one was stopped.
+
+    Args:
+        model: models:/NAME@ALIAS, models:/NAME/VERSION or a model's folder.
+        images: URI of a folder of images, of a .txt file with a URI a line, or of a folder of shards.
+        out: URI of a folder for predictions/*.parquet, rejects.parquet, manifest.json, and overlays/.
+        options: What the predictions depend on.
+        run: How they are made, and what else of them.
+        cpus: CPUs of the Ray that is started on this machine; by default all.
+    """
+    from jobs.cluster import ray_session
+    from jobs.predict import prepare, run_prediction
+
+    prepared = prepare(model, images, out, options=options, run=run)  # before Ray starts: what is wrong is told at once
+    with ray_session(cpus) if prepared.needs_ray else nullcontext():
+        print(run_prediction(prepared))
 
 
 def convert_weights(
@@ -148,7 +175,7 @@ COMMANDS: dict[str, Any] = {
     "promote": commands.promote,
     "rollback": commands.rollback,
     "models": commands.models,
-    "predict": commands.predict,
+    "predict": predict,
     "convert-weights": convert_weights,
     "benchmark": commands.benchmark,
     "demo": commands.demo,

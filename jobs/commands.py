@@ -143,23 +143,6 @@ def models(action: Literal["list"], /, name: str | None = None) -> None:
     print(table(versions) if versions else "no model is registered: make one with mrcnn register")
 
 
-def predict(model: str, images: str, out: str, overlays: int = 0, cpus: int | None = None) -> None:
-    """Find objects and their masks in a folder of images.
-
-    Args:
-        model: models:/NAME@ALIAS, models:/NAME/VERSION or a model's folder.
-        images: URI of a folder of images.
-        out: URI of a folder for the Parquet files, coco_results.json, rejects.parquet and overlays/.
-        overlays: Pictures to draw, of the first images.
-        cpus: CPUs of the Ray that is started on this machine; by default all.
-    """
-    from jobs.cluster import ray_session
-    from jobs.predict import predict as run
-
-    with ray_session(cpus):
-        print(run(model, images, out, overlays=overlays))
-
-
 def benchmark(
     name: AnyBenchmarkName,
     /,

@@ -5,7 +5,7 @@ The heads see the RoIs of a batch as one list. Shape letters as in structures.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +66,14 @@ class RoIHeads(nn.Module):
         elif mask.head == "mlp":
             self.mask_head = MLPMaskHead(width, mask_side, outputs, mask)
         self.keypoint_head = KeypointHead(channels, config.keypoint) if config.keypoint.num_keypoints else None
+        self.register_buffer("wanted", None, persistent=False)
+        self.wanted: Tensor | None
+
+    def find_only(self, labels: Collection[int]) -> None:
+        """Detect objects of these labels (1..K) alone: others take no place among the `max_detections`."""
+        wanted = torch.zeros(self.config.num_classes, dtype=torch.bool, device=next(self.parameters()).device)
+        wanted[[label - 1 for label in labels]] = True
+        self.wanted = wanted
 
     def train(self, mode: bool = True) -> RoIHeads:
         """A frozen res5 keeps its batch statistics, too."""
@@ -201,6 +209,8 @@ class RoIHeads(nn.Module):
         B, P = proposals.valid.shape
         scores = class_logits.softmax(dim=1)[:, 1:].reshape(B, P, -1)
         scores = torch.where(proposals.valid[..., None], scores, 0.0)
+        if self.wanted is not None:
+            scores = torch.where(self.wanted, scores, 0.0)
         box_deltas = box_deltas.reshape(B, P, -1, 4)
         return [self._select(scores[i], box_deltas[i], proposals.boxes[i], sizes[i : i + 1]) for i in range(B)]
 

@@ -68,6 +68,20 @@ def draw_detections(
     return _draw(image, [_detected(detections, i, categories, seen[i]) for i in reversed(kept)])
 
 
+def draw_results(
+    image: np.ndarray,
+    results: Sequence[Mapping[str, Any]],
+    categories: Sequence[Category],
+    *,
+    score_threshold: float = 0.5,
+    keypoint_threshold: float = 0.05,
+) -> np.ndarray:
+    """As `draw_detections`, of rows: each has `label`, `score`, `box` (xywh), `rle` and `keypoints` (x, y, score), the
+    last two None where there are none."""
+    kept = [each for each in results if each["score"] >= score_threshold]
+    return _draw(image, [_result(each, categories, keypoint_threshold) for each in reversed(kept)])
+
+
 def draw_instances(
     image: np.ndarray, instances: Sequence[Mapping[str, Any]], categories: Sequence[Category]
 ) -> np.ndarray:
@@ -90,6 +104,19 @@ def _detected(detections: Detections, i: int, categories: Sequence[Category], ke
         text=f"{categories[label - 1].name} {100 * float(detections.scores[i]):.0f}",
         keypoints=keypoints,
         names=categories[label - 1].keypoints,
+    )
+
+
+def _result(row: Mapping[str, Any], categories: Sequence[Category], keypoint_threshold: float) -> _Drawn:
+    category = categories[row["label"] - 1]
+    x, y, width, height = row["box"]
+    return _Drawn(
+        box=(x, y, x + width, y + height),
+        mask=mask_utils.decode(row["rle"]).astype(bool) if row["rle"] else None,
+        color=class_color(row["label"]),
+        text=f"{category.name} {100 * row['score']:.0f}",
+        keypoints=_points(row["keypoints"], keypoint_threshold),
+        names=category.keypoints,
     )
 
 

@@ -1,18 +1,18 @@
 """Images -> detections as Parquet, as a Ray Data pipeline over a pool of actors with the model.
 
-The sorted file names are cut into chunks before anything runs. A chunk is one call of one actor, which
-writes the chunk's part, then its receipt; only receipts travel through Ray. A chunk with a receipt is not
-predicted again, so the same command completes what a killed one left.
+The inputs are cut into chunks before anything runs (pipelines/inputs.py). A chunk is one call of one actor: threads
+read, decode and resize ahead of the model, another makes run lengths after it, and rows are written as they come. Then
+the chunk's receipt is written. Only numbers of chunks and small sums travel through Ray. A chunk with a receipt is not
+predicted again (pipelines/predict_folder.py), so the same command completes what a killed one left.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -21,26 +21,34 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 
-from mrcnn.evaluation import coco_results
 from mrcnn.model import MaskRCNN
-from mrcnn.structures import Detections
-from mrcnn.visualize import draw_detections
-from mrcnn.weights import model_from_files
+from pipelines.inputs import Chunk, Input, Reader
+from pipelines.manifest import check_sum
+from pipelines.predict_folder import (
+    ChunkReceipt,
+    part_name,
+    read_chunk,
+    receipt_if_there,
+    write_receipt,
+)
+from pipelines.predict_options import PredictOptions
+from pipelines.predictor import Seen, View, load_predictor, some_of
 from pipelines.prefetch import prefetched
-from pipelines.records import Reject, Stage
-from pipelines.sources.names import image_ids
+from pipelines.records import Reject
+from pipelines.stages import WAITING, Stopwatch
 from pipelines.storage import Store
-from pipelines.storage_errors import FileRefusedError
-from pipelines.transforms import DecodeError, Pixels, decode, encode
+from pipelines.tasks import begin_or_explain, checked, count_attempts, failing_in_words
+from pipelines.transforms import allow_pixels
 
-SCHEMA_VERSION = 3  # of the parts; 3: image ids depend on names alone
-PROGRESS = "_progress"
+SCHEMA_VERSION = 4  # of the parts; 4: rows in groups, and names of lists and shards
 READ_THREADS = 2
 READ_AHEAD = 4  # decoded images in memory
+ROWS_A_GROUP = 64  # of a part: what is in memory before it is written
 
 ModelFiles = Mapping[str, bytes]
+T = TypeVar("T")
 
 DETECTION = pa.struct(
     [
@@ -57,7 +65,8 @@ DETECTION = pa.struct(
 
 PREDICTIONS = pa.schema(
     [
-        pa.field("image_id", pa.int64()),  # the number that is the file's name, else a hash of it: `image_ids`
+        # the number that is the file's name, else a hash of it (`image_ids`); of shards the row's own
+        pa.field("image_id", pa.int64()),
         pa.field("uri", pa.string()),
         pa.field("height", pa.int32()),  # of the source image, as all coordinates
         pa.field("width", pa.int32()),
@@ -68,82 +77,44 @@ PREDICTIONS = pa.schema(
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some images, and the name of the part that their rows go to."""
-
-    part: str
-    image_ids: list[int]
-    names: list[str]
-
-
-@dataclass(frozen=True)
-class ChunkReceipt:
-    """What became of a chunk: images = rows + rejects."""
-
-    part: str
-    rows: int
-    detections: int
-    rejects: list[Reject]
-
-
-@dataclass(frozen=True)
 class PredictSettings:
     """What all chunks have in common."""
 
-    images: Store
+    reader: Reader
     out: Store
-    overlays: frozenset[str]
-    """Names of the images that are drawn"""
+    options: PredictOptions
+    threads: int = READ_THREADS
+    """That read, decode and resize"""
 
 
-def receipt_name(part: str) -> str:
-    """Where the receipt of a part lies until all are there."""
-    return f"{PROGRESS}/{PurePosixPath(part).name}.json"
-
-
-def overlay_name(name: str) -> str:
-    """Where the picture of an image goes."""
-    return f"overlays/{name}.png"  # a.jpg and a.png are two
-
-
-def write_receipt(out: Store, receipt: ChunkReceipt) -> None:
-    """Say that a chunk is finished: only when its part and its pictures are written."""
-    out.write_bytes(receipt_name(receipt.part), json.dumps(asdict(receipt)).encode())
-
-
-def read_receipt(out: Store, part: str) -> ChunkReceipt:
-    """The receipt of a finished chunk."""
-    return _receipt_from_json(out.read_bytes(receipt_name(part)))
-
-
-def cut(names: Sequence[str], size: int) -> list[Chunk]:
-    """Chunks of sorted names, with their ids."""
-    ids = image_ids(names)
-    return [
-        Chunk(f"predictions/part-{i:05d}.parquet", ids[start : start + size], list(names[start : start + size]))
-        for i, start in enumerate(range(0, len(names), size))
-    ]
-
-
-def predict_chunks(chunks: Sequence[Chunk], files: ModelFiles, settings: PredictSettings) -> Iterator[ChunkReceipt]:
-    """Predict chunks on all GPUs or CPUs of the running Ray; receipts come as parts are finished."""
-    tasks = ray.data.from_items([{"chunk": json.dumps(asdict(c))} for c in chunks], override_num_blocks=len(chunks))
+def predict_chunks(
+    numbers: Sequence[int], files: ModelFiles, settings: PredictSettings, pool: Mapping[str, Any]
+) -> Iterator[ChunkReceipt]:
+    """Predict chunks, of which there are files on the storage, in a `model_pool`. Receipts come as parts are finished,
+    without their rejects. Raises what a user can mend as FileNotFoundError, PermissionError, ValueError; RuntimeError
+    where a chunk's process dies again and again."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # they count blocks; callers count images
+    context.memory_usage_poll_interval_s = None
+    tasks = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
     receipts = tasks.map_batches(
         ChunkPredictor,
-        fn_constructor_args=(ray.put(dict(files)), settings),
+        fn_constructor_args=(ray.put(dict(files)), settings, count_attempts()),
         batch_size=1,
-        **model_pool(len(chunks)),
+        **pool,
     )
-    for row in receipts.iter_rows():
-        yield _receipt_from_json(row["receipt"])
+    for row in map(checked, receipts.iter_rows()):
+        yield ChunkReceipt.from_json(row["receipt"])
 
 
-def model_pool(tasks: int) -> dict[str, Any]:
-    """Arguments of `map_batches` for actors with a model: one a GPU, or a CPU if there is none, or a task."""
+def model_pool(tasks: int, *, actors: int | None = None, gpus_per_actor: float = 1.0) -> dict[str, Any]:
+    """Arguments of `map_batches` for actors with a model: by default as many as there are GPUs for, or a CPU each if
+    there are none; not more than tasks."""
     resources = ray.cluster_resources()
-    kind = "GPU" if resources.get("GPU") else "CPU"
-    pool = ActorPoolStrategy(size=max(1, min(int(resources.get(kind, 1)), tasks)))
-    return {"compute": pool, "num_gpus": 1} if kind == "GPU" else {"compute": pool, "num_cpus": 1}
+    gpus = resources.get("GPU", 0) if gpus_per_actor else 0
+    most = int(gpus / gpus_per_actor + 1e-6) if gpus else int(resources.get("CPU", 1))
+    pool = ActorPoolStrategy(size=max(1, min(actors or most, tasks)))
+    return {"compute": pool, "num_gpus": gpus_per_actor} if gpus else {"compute": pool, "num_cpus": 1}
 
 
 def place_model(model: MaskRCNN) -> MaskRCNN:
@@ -155,79 +126,140 @@ def place_model(model: MaskRCNN) -> MaskRCNN:
     return model
 
 
-class ChunkPredictor:
-    """Actor: loads the model once, then turns chunks into parts."""
+@dataclass(frozen=True)
+class _Loaded:
+    """An image as the model takes it."""
 
-    def __init__(self, files: ray.ObjectRef[ModelFiles], settings: PredictSettings) -> None:
-        self.model = place_model(model_from_files(ray.get(files), "the model"))
-        self.settings = settings
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        chunks = [Chunk(**json.loads(chunk)) for chunk in batch["chunk"]]
-        return {"receipt": [json.dumps(asdict(self.predict(chunk))) for chunk in chunks]}
-
-    def predict(self, chunk: Chunk) -> ChunkReceipt:
-        """Write the part of a chunk, then its receipt."""
-        rows: list[dict[str, Any]] = []
-        rejects: list[Reject] = []
-        read = partial(_read_image, self.settings.images)
-        images = prefetched(read, chunk.names, threads=READ_THREADS, ahead=READ_AHEAD)
-        for image_id, name, image in zip(chunk.image_ids, chunk.names, images, strict=True):
-            uri = self.settings.images.uri_of(name)
-            if isinstance(image, _Unusable):
-                rejects.append(Reject(uri, image_id, image.stage, image.reason))
-                continue
-            (found,) = self.model.predict([image])
-            rows.append(self._row(image_id, uri, found))
-            if name in self.settings.overlays:
-                self._draw(name, image, found)
-        with self.settings.out.new_file(chunk.part) as part:
-            pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTIONS), part, compression="zstd")
-        receipt = ChunkReceipt(chunk.part, len(rows), sum(len(row["detections"]) for row in rows), rejects)
-        write_receipt(self.settings.out, receipt)
-        return receipt
-
-    def _row(self, image_id: int, uri: str, found: Detections) -> dict[str, Any]:
-        height, width = found.image_size
-        entries = coco_results(image_id, found, self.model.categories)
-        detections = [
-            {
-                "label": label,
-                "category_id": entry["category_id"],
-                "score": entry["score"],
-                "box": entry["bbox"],
-                "rle": entry.get("segmentation"),
-                "keypoints": entry.get("keypoints"),
-            }
-            for label, entry in zip(found.labels.tolist(), entries, strict=True)
-        ]
-        return {"image_id": image_id, "uri": uri, "height": height, "width": width, "detections": detections}
-
-    def _draw(self, name: str, image: Pixels, found: Detections) -> None:
-        picture = draw_detections(image, found, self.model.categories)
-        self.settings.out.write_bytes(overlay_name(name), encode(picture, "png"))
+    image_id: int
+    uri: str
+    view: View
 
 
 @dataclass(frozen=True)
-class _Unusable:
-    """Why a file is no image."""
+class _Found:
+    """The same with what the model has found, without the pixels."""
 
-    stage: Stage
-    reason: str
-
-
-def _read_image(images: Store, name: str) -> Pixels | _Unusable:
-    """The image, or why there is none. Errors of the store itself (credentials, no connection) are raised."""
-    try:
-        return decode(images.read_bytes(name))
-    except DecodeError as error:
-        return _Unusable("decode", str(error))
-    except FileNotFoundError:
-        return _Unusable("read", "no such file")
-    except FileRefusedError:
-        return _Unusable("read", "no permission")
+    image_id: int
+    uri: str
+    size: tuple[int, int]
+    seen: list[Seen]
 
 
-def _receipt_from_json(text: str | bytes) -> ChunkReceipt:
-    content = json.loads(text)
-    return ChunkReceipt(**{**content, "rejects": [Reject(**each) for each in content["rejects"]]})
+class ChunkPredictor:
+    """Actor: loads the model once, then turns chunks into parts."""
+
+    def __init__(self, files: ray.ObjectRef[ModelFiles], settings: PredictSettings, attempts: Any = None) -> None:
+        self.settings, self.attempts = settings, attempts
+        self.predictor = load_predictor(ray.get(files), "the model", settings.options)
+        place_model(self.predictor.model)
+        allow_pixels(settings.options.max_pixels)
+        ahead = max(READ_AHEAD, settings.threads, self.predictor.at_once)
+        self.ahead = 1 if self.predictor.tiling.side else ahead  # images that are cut are large
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        rows = [{"receipt": "", **self._run(int(number))} for number in batch["number"]]
+        return {name: [row[name] for row in rows] for name in ("receipt", "failure", "message")}
+
+    @failing_in_words
+    def _run(self, number: int) -> dict[str, str]:
+        """A receipt may be there already where an actor died after it had written it."""
+        receipt = receipt_if_there(self.settings.out, number)
+        if receipt is None:
+            failure = begin_or_explain(self.attempts, part_name(number))
+            if failure is not None:
+                return failure
+            receipt = self.predict(read_chunk(self.settings.out, number))
+        return {"receipt": receipt.without_rejects().to_json()}
+
+    def predict(self, chunk: Chunk) -> ChunkReceipt:
+        """Write the part of a chunk, then its receipt."""
+        begun, out = time.perf_counter(), self.settings.out
+        watch, rejects = Stopwatch(), list[Reject]()
+        with out.new_file(part_name(chunk.number)) as path:
+            with pq.ParquetWriter(path, PREDICTIONS, compression="zstd") as writer:
+                rows, detections = self._write(writer, self._answers(chunk, watch), rejects, watch)
+            size, closed = path.stat().st_size, time.perf_counter()
+        watch.add({"writing": time.perf_counter() - closed})
+        check_sum("images", len(chunk.inputs), rows, len(rejects))
+        receipt = ChunkReceipt(
+            number=chunk.number,
+            rows=rows,
+            detections=detections,
+            size=size,
+            rejects=len(rejects),
+            versions_sha256=chunk.versions_sha256,
+            rejected=rejects,
+            seconds=watch.seconds,
+            wall=time.perf_counter() - begun,
+        )
+        write_receipt(out, receipt)
+        return receipt
+
+    def _write(
+        self,
+        writer: pq.ParquetWriter,
+        answers: Iterable[dict[str, Any] | Reject],
+        rejects: list[Reject],
+        watch: Stopwatch,
+    ) -> tuple[int, int]:
+        """Rows and detections written; what is no row goes to the rejects."""
+        rows = detections = 0
+        for some in some_of(_without_rejects(answers, rejects), ROWS_A_GROUP):
+            with watch("writing"):
+                writer.write_table(pa.Table.from_pylist(some, schema=PREDICTIONS))
+            rows += len(some)
+            detections += sum(len(row["detections"]) for row in some)
+        return rows, detections
+
+    def _answers(self, chunk: Chunk, watch: Stopwatch) -> Iterator[dict[str, Any] | Reject]:
+        """A row or a reject for each input, in order."""
+        load, threads = partial(self._load, watch), self.settings.threads
+        loaded = prefetched(load, chunk.inputs, threads=threads, ahead=self.ahead)
+        found = self._found(_waited_for(loaded, watch), watch)
+        return prefetched(partial(self._answer, watch), found, threads=1, ahead=READ_AHEAD)
+
+    def _load(self, watch: Stopwatch, item: Input) -> _Loaded | Reject:
+        picture = self.settings.reader.read(item, watch)
+        if isinstance(picture, Reject):
+            return picture
+        with watch.cpu("decoding"):
+            return _Loaded(picture.image_id, picture.uri, self.predictor.prepare(picture))
+
+    def _found(self, loaded: Iterable[_Loaded | Reject], watch: Stopwatch) -> Iterator[_Found | Reject]:
+        """In this thread, which is the model's."""
+        for some in some_of(loaded, self.predictor.at_once):
+            with watch("model"):
+                seen = iter(self.predictor.detect_all([each.view for each in some if isinstance(each, _Loaded)]))
+            for each in some:
+                if isinstance(each, Reject):
+                    yield each
+                else:
+                    yield _Found(each.image_id, each.uri, each.view.source_size, next(seen))
+
+    def _answer(self, watch: Stopwatch, found: _Found | Reject) -> dict[str, Any] | Reject:
+        if isinstance(found, Reject):
+            return found
+        with watch.cpu("masks"):
+            detections = self.predictor.rows(found.image_id, found.size, found.seen)
+        height, width = found.size
+        row = {"image_id": found.image_id, "uri": found.uri, "height": height, "width": width}
+        return {**row, "detections": detections}
+
+
+def _without_rejects(answers: Iterable[dict[str, Any] | Reject], rejects: list[Reject]) -> Iterator[dict[str, Any]]:
+    for answer in answers:
+        if isinstance(answer, Reject):
+            rejects.append(answer)
+        else:
+            yield answer
+
+
+def _waited_for(items: Iterator[T], watch: Stopwatch) -> Iterator[T]:
+    """The items; the time until each is there is the model's waiting."""
+    while True:
+        with watch(WAITING):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield item

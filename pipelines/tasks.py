@@ -30,12 +30,17 @@ def run_tasks(function: Callable[[Task], Task], tasks: Iterable[Task]) -> Iterat
     context = DataContext.get_current()
     context.enable_progress_bars = False  # they count blocks; callers count images
     context.memory_usage_poll_interval_s = None  # a walk through all memory maps each second, for statistics
-    attempts = ray.remote(num_cpus=0)(_Attempts).remote()
+    attempts = count_attempts()
     waiting, many = iter(tasks), AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
     while some := list(islice(waiting, many)):
         dataset = ray.data.from_items(some, override_num_blocks=len(some))
         counted = partial(_run_counted, function=function, attempts=attempts)
         yield from map(checked, dataset.map(counted, num_cpus=1).iter_rows())
+
+
+def count_attempts() -> Any:
+    """Handle of a new `_Attempts`, for `begin_or_explain`. It counts anew if its node dies."""
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Attempts).remote()
 
 
 class _Attempts:
@@ -51,10 +56,15 @@ class _Attempts:
 
 
 def _run_counted(task: Task, *, function: Callable[[Task], Task], attempts: Any) -> Task:
-    if ray.get(attempts.begin.remote(task["name"])) <= TRIES:
-        return function(task)
+    return begin_or_explain(attempts, task["name"]) or function(task)
+
+
+def begin_or_explain(attempts: Any, name: str) -> Task | None:
+    """Count that a task of this name begins; what it returns at once instead, where it has begun too often."""
+    if ray.get(attempts.begin.remote(name)) <= TRIES:
+        return None
     message = (
-        f"{task['name']}: its process died {TRIES} times: memory is short, or a file of it crashes its decoder (see "
+        f"{name}: its process died {TRIES} times: memory is short, or a file of it crashes its decoder (see "
         "the logs of Ray). What is finished is kept, the same command goes on"
     )
     return {"failure": RuntimeError.__name__, "message": message}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import codecs
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -21,7 +22,9 @@ from pipelines.sources.names import (
     unfollowed_folders,
 )
 from pipelines.storage import Store, open_store, read_uri, split_uri
-from pipelines.storage_errors import without_secrets
+from pipelines.storage_errors import plain_errors, without_secrets
+
+LISTED_TWICE = "listed twice"
 
 
 @dataclass(frozen=True)
@@ -99,24 +102,44 @@ def no_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequence
 
 
 def _read_list(uri: str) -> SourceData:
-    store, name = split_uri(uri)
-    try:
-        text = store.read_bytes(name).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{uri} is not UTF-8 (at byte {error.start}): give a text file of URIs, one a line") from None
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
     names: dict[str, None] = {}  # in order
     rejects: list[Reject] = []
-    for line in filter(str.strip, lines):
-        full = line if "://" in line or line.startswith("/") else f"{store.uri}/{line}"
-        fault = "listed twice" if full in names else _line_fault(line, full)
+    for full, fault in listed_files(uri):
+        if full in names:
+            fault = LISTED_TWICE
         if fault is None:
             names[full] = None
         else:
             rejects.append(Reject(printable(without_secrets(full)), None, "source", fault))
-    if not names and not rejects:
-        raise FileNotFoundError(f"{uri} lists no images: write one URI a line")
+    store, name = split_uri(uri)
     return named_images(ListedImages(f"{store.uri}/{name}"), list(names), rejects=rejects)
+
+
+def listed_files(uri: str) -> Iterator[tuple[str, str | None]]:
+    """The files of a list by their full URIs, line by line, each with the reason why it cannot be read, if so.
+
+    Raises FileNotFoundError where there are none, ValueError for a file that is no text.
+    """
+    store, name = split_uri(uri)
+    at, is_empty = 0, True
+    with store.local_copy(name) as path, plain_errors(f"{store.uri}/{name}"), path.open("rb") as lines:
+        for data in lines:
+            line = _text(data if at else data.removeprefix(codecs.BOM_UTF8), uri, at)
+            at += len(data)
+            if line.strip():
+                is_empty = False
+                full = line if "://" in line or line.startswith("/") else f"{store.uri}/{line}"
+                yield full, _line_fault(line, full)
+    if is_empty:
+        raise FileNotFoundError(f"{uri} lists no images: write one URI a line")
+
+
+def _text(line: bytes, uri: str, at: int) -> str:
+    try:
+        return line.removesuffix(b"\n").removesuffix(b"\r").decode()
+    except UnicodeDecodeError as error:
+        at += error.start
+        raise ValueError(f"{uri} is not UTF-8 (at byte {at}): give a text file of URIs, one a line") from None
 
 
 def _line_fault(line: str, full: str) -> str | None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.records import ImageRecord, Images, Reject, printable
 from pipelines.storage import Store, check_name
@@ -75,6 +80,53 @@ def image_ids(names: Sequence[str]) -> list[int]:
             if seen.setdefault(id_, name) != name:
                 raise ValueError(f"{seen[id_]} and {name} get the same image id, {id_}: rename one of them")
     return ids
+
+
+class ImageIds:
+    """`image_ids` for names that are too many to be held: first `add` each, then ask for each.
+
+    A name takes 16 bytes of memory, and some 60 while all are sorted for the first answer. The same name may be added
+    twice; then it `repeats`, as does, once in 10^5 lists of ten million, another name.
+    """
+
+    def __init__(self) -> None:
+        self._hashes, self._numbers = array("q"), array("q")
+
+    def add(self, name: str) -> None:
+        """Count a name. All are counted before the first is asked for."""
+        number = _number(name)
+        self._hashes.append(_hashed(name))
+        self._numbers.append(-1 if number is None else number)
+
+    def id_of(self, name: str) -> int:
+        """The id of a name that was added."""
+        number = _number(name)
+        return _hashed(name) if number is None or _is_in(number, self._shared_numbers) else number
+
+    def repeats(self, name: str) -> bool:
+        """Whether the name, or another with the same hash, was added more than once."""
+        return _is_in(_hashed(name), self._shared_hashes)
+
+    @cached_property
+    def _shared_hashes(self) -> NDArray[np.int64]:
+        return _doubles(np.asarray(self._hashes))
+
+    @cached_property
+    def _shared_numbers(self) -> NDArray[np.int64]:
+        """Numbers of more than one name, -1 for none among them perhaps."""
+        _, first = np.unique(np.asarray(self._hashes), return_index=True)
+        return _doubles(np.asarray(self._numbers)[first])
+
+
+def _doubles(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those that come more than once, sorted."""
+    ordered = np.sort(values)
+    return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+
+
+def _is_in(value: int, ordered: NDArray[np.int64]) -> bool:
+    place = int(np.searchsorted(ordered, value))
+    return place < len(ordered) and int(ordered[place]) == value
 
 
 def names_sha256(names: Iterable[str]) -> str:

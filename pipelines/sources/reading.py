@@ -32,11 +32,11 @@ def read_record(images: Images, record: ImageRecord, *, follow_links: bool) -> R
     else that goes wrong (credentials, no connection) is raised."""
     files: list[bytes] = []
     for name in record.annotation_files:
-        data = _read(images, name, follow_links)
+        data = read_file(images, name, follow_links=follow_links)
         if isinstance(data, str):
             return ReadRecord(record, b"", (), ("read", f"annotation file, {data}: {name}"))
         files.append(data)
-    image = _read(images, record.file_name, follow_links)
+    image = read_file(images, record.file_name, follow_links=follow_links)
     if isinstance(image, str):  # its annotations are counted nevertheless
         return ReadRecord(record, b"", tuple(files), ("read", image))
     return ReadRecord(record, image, tuple(files), None)
@@ -55,8 +55,8 @@ def parse_record(
         return record, Objects(), read.fault or ("source", str(error))
 
 
-def _read(images: Images, name: str, follow_links: bool) -> bytes | str:
-    """The file, or why it is none."""
+def read_file(images: Images, name: str, *, follow_links: bool) -> bytes | str:
+    """The file, or why it is none. Errors of the store itself (credentials, no connection) are raised."""
     if not follow_links and links_outside(images, name):
         return LINK_OUTSIDE
     try:
