@@ -39,6 +39,7 @@ from pipelines.predict_folder import (
     read_json,
     tidy,
     write_chunks,
+    write_model,
 )
 from pipelines.predict_options import PredictOptions, PredictRun
 from pipelines.predictor import load_predictor
@@ -240,13 +241,14 @@ def _predict_missing(prepared: PreparedPrediction) -> _Made:
     if not numbers:
         return made
     actors = _actors(run, len(numbers))
+    write_model(prepared.out, prepared.resolved.files)
     pool = model_pool(len(numbers), actors=run.actors, gpus_per_actor=run.gpus_per_actor)
     threads = min(max(cluster_size().total("CPU") // actors, READ_THREADS), MOST_THREADS)
     settings = PredictSettings(prepared.inputs.reader, prepared.out, prepared.options, threads)
     last = prepared.inputs.count - prepared.chunk_size * (prepared.chunks - 1)
     total = sum(last if number == prepared.chunks - 1 else prepared.chunk_size for number in numbers)
     with tqdm(total=total, unit="image", desc="predict", disable=None) as bar:
-        for receipt in predict_chunks(numbers, prepared.resolved.files, settings, pool):
+        for receipt in predict_chunks(numbers, settings, pool):
             made.images += receipt.rows + receipt.rejects
             made.rejects += receipt.rejects
             made.chunks += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,6 +149,7 @@ class NamedInputs:
         self.reader, self.uri, self.count = reader, reader.images.uri, 0
         self._ids, self._digest = ImageIds(), hashlib.sha256()
         self._file = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it goes with this object)
+        weakref.finalize(self, self._file.close)
 
     def add(self, name: str, *, version: str = "", fault: str = "") -> None:
         """One more, before the first chunk is asked for."""

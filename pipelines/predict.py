@@ -24,12 +24,14 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext
 
 from mrcnn.model import MaskRCNN
+from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE
 from pipelines.inputs import Chunk, Input, Reader
 from pipelines.manifest import check_sum
 from pipelines.predict_folder import (
     ChunkReceipt,
     part_name,
     read_chunk,
+    read_model,
     receipt_if_there,
     write_receipt,
 )
@@ -88,18 +90,18 @@ class PredictSettings:
 
 
 def predict_chunks(
-    numbers: Sequence[int], files: ModelFiles, settings: PredictSettings, pool: Mapping[str, Any]
+    numbers: Sequence[int], settings: PredictSettings, pool: Mapping[str, Any]
 ) -> Iterator[ChunkReceipt]:
-    """Predict chunks, of which there are files on the storage, in a `model_pool`. Receipts come as parts are finished,
-    without their rejects. Raises what a user can mend as FileNotFoundError, PermissionError, ValueError; RuntimeError
-    where a chunk's process dies again and again."""
+    """Predict chunks in a `model_pool`: their inputs and the model are on the storage. Receipts come as parts are
+    finished, without their rejects. Raises what a user can mend as FileNotFoundError, PermissionError, ValueError;
+    RuntimeError where a chunk's process dies again and again."""
     context = DataContext.get_current()
     context.enable_progress_bars = False  # they count blocks; callers count images
     context.memory_usage_poll_interval_s = None
     tasks = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
     receipts = tasks.map_batches(
         ChunkPredictor,
-        fn_constructor_args=(ray.put(dict(files)), settings, count_attempts()),
+        fn_constructor_args=(settings, count_attempts()),
         batch_size=1,
         **pool,
     )
@@ -148,9 +150,10 @@ class _Found:
 class ChunkPredictor:
     """Actor: loads the model once, then turns chunks into parts."""
 
-    def __init__(self, files: ray.ObjectRef[ModelFiles], settings: PredictSettings, attempts: Any = None) -> None:
+    def __init__(self, settings: PredictSettings, attempts: Any = None) -> None:
         self.settings, self.attempts = settings, attempts
-        self.predictor = load_predictor(ray.get(files), "the model", settings.options)
+        files = read_model(settings.out, (WEIGHTS_FILE, CONFIG_FILE))
+        self.predictor = load_predictor(files, "the model", settings.options)
         place_model(self.predictor.model)
         allow_pixels(settings.options.max_pixels)
         ahead = max(READ_AHEAD, settings.threads, self.predictor.at_once)

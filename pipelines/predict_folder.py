@@ -1,9 +1,9 @@
 """The folder of a prediction: which one it is, what of it is finished, and how it ends.
 
-_progress/plan.json says which prediction, and is written first. _progress/chunks/ holds the inputs of the chunks that
-are missing, _progress/PART.json a chunk's receipt, written after its part. manifest.json is written when all are there
-and the sums are right; then _progress/ goes. Every file appears whole, so any process may be killed at any moment; and
-since equal predictions write equal bytes, two of them at once do each other no harm.
+_progress/plan.json says which prediction, and is written first. _progress/model/ holds the model, _progress/chunks/ the
+inputs of the chunks that are missing, _progress/PART.json a chunk's receipt, written after its part. manifest.json is
+written when all are there and the sums are right; then _progress/ goes. Every file appears whole, so any process may be
+killed at any moment; and since equal predictions write equal bytes, two of them at once do each other no harm.
 
 The driver holds a number for each finished chunk, and of the folder's listing names and sizes: some three files a
 chunk. Receipts and rejects pass one by one.
@@ -31,6 +31,7 @@ from pipelines.storage import Store
 MANIFEST = "manifest.json"
 PROGRESS = "_progress"
 PLAN = f"{PROGRESS}/plan.json"
+MODEL = f"{PROGRESS}/model"
 REJECTS_FILE = "rejects.parquet"
 RESULTS_FILE = "coco_results.json"
 PARTS, OVERLAYS = "predictions", "overlays"
@@ -89,6 +90,17 @@ def receipt_name(number: int) -> str:
 def chunk_name(number: int) -> str:
     """Where the inputs of a chunk lie until all are there."""
     return f"{PROGRESS}/chunks/{number:05d}.json"
+
+
+def write_model(out: Store, files: Mapping[str, bytes]) -> None:
+    """Put a model where actors find it, also those that are started again when the driver's node is gone."""
+    for name, data in files.items():
+        out.write_bytes(f"{MODEL}/{name}", data)
+
+
+def read_model(out: Store, names: Iterable[str]) -> dict[str, bytes]:
+    """The model's files."""
+    return {name: out.read_bytes(f"{MODEL}/{name}") for name in names}
 
 
 def write_receipt(out: Store, receipt: ChunkReceipt) -> None:

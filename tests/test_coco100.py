@@ -20,6 +20,7 @@ from jobs.presets import PRESETS
 from jobs.train import TrainSummary, train
 from pipelines.build import BuildSummary, build
 from pipelines.config import BuildConfig
+from pipelines.predict_options import PredictRun
 
 pytestmark = [pytest.mark.coco100, pytest.mark.usefixtures("mlflow_store")]
 
@@ -82,7 +83,12 @@ def test_evaluation_covers_every_image(trained: TrainSummary, built: dict[str, B
 
 
 def test_pycocotools_accepts_the_predictions(trained: TrainSummary, coco100: Path, tmp_path: Path) -> None:
-    summary = predict(trained.model_uri, str(coco100 / "val2017"), str(tmp_path / "out"), overlays=2)
+    summary = predict(
+        trained.model_uri,
+        str(coco100 / "val2017"),
+        str(tmp_path / "out"),
+        run=PredictRun(overlays=2, coco_results=True),
+    )
     assert (summary.images, summary.rejects_by_reason) == (50, {})
     rows = pq.read_table(tmp_path / "out" / "predictions").to_pylist()
     truth = COCO(str(coco100 / "annotations/instances_val2017.json"))

@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from models import SMALL
 from pycocotools import mask as coco_mask
@@ -21,14 +20,20 @@ from jobs.evaluate import judge_rows, metrics_of
 from jobs.predict import PredictSummary, predict
 from mrcnn import Category, InputConfig, KeypointConfig, MaskConfig, MaskRCNN, load_model, save_model
 from mrcnn.evaluation import evaluate_coco
+from mrcnn.tta import TTAConfig, predict_with_tta
 from mrcnn.weights import model_files
+from pipelines.coco_file import coco_entries
 from pipelines.dataset import ShardDataset
-from pipelines.predict import PREDICTIONS, Chunk, ChunkPredictor, PredictSettings, _read_image, _Unusable
+from pipelines.inputs import Chunk, FileReader, Input
+from pipelines.predict import PREDICTIONS, ChunkPredictor, PredictSettings
+from pipelines.predict_folder import PLAN, _receipts_of, receipt_name, write_model, write_receipt
+from pipelines.predict_options import PredictOptions, PredictRun
 from pipelines.sources.names import image_ids
-from pipelines.storage import Store, open_store
-from pipelines.storage_errors import FileRefusedError
+from pipelines.storage import open_store
 from pipelines.toy import ToySummary
+from pipelines.transforms import MAX_PIXELS
 
+DRAWN = PredictRun(overlays=3, coco_results=True)
 BROKEN = "zz-broken.jpg"
 IMAGES = 18  # 16 of the toy data, one that is broken and one below a folder: two chunks
 
@@ -60,7 +65,7 @@ def first(
 ) -> tuple[PredictSummary, Path]:
     """One prediction, and where it is."""
     out = tmp_path_factory.mktemp("predictions")
-    return predict(model, str(images), str(out), overlays=3), out
+    return predict(model, str(images), str(out), run=DRAWN), out
 
 
 def rows(out: Path) -> list[dict]:
@@ -149,12 +154,12 @@ def test_again_computes_only_what_is_missing(
     out = tmp_path / "copy"
     shutil.copytree(first[1], out)
     before = snapshot(out)
-    again = predict(model, str(images), str(out), overlays=3)
+    again = predict(model, str(images), str(out), run=DRAWN)
     assert (again.images_made, again.detections) == (0, first[0].detections)
     assert snapshot(out) == before
     (out / "predictions/part-00001.parquet").unlink()
     untouched = (out / "predictions/part-00000.parquet").stat().st_mtime_ns
-    repaired = predict(model, str(images), str(out), overlays=3)
+    repaired = predict(model, str(images), str(out), run=DRAWN)
     assert repaired.images_made == 2
     assert snapshot(out) == before
     assert (out / "predictions/part-00000.parquet").stat().st_mtime_ns == untouched
@@ -164,23 +169,38 @@ def test_what_a_killed_run_left_is_completed(
     first: tuple[PredictSummary, Path], model: str, images: Path, tmp_path: Path
 ) -> None:
     """As it is after a kill between two chunks: a plan, one receipt, its part, and half of the next part."""
-    from jobs.predict import PLAN, _receipts_of  # the state on disk is theirs to know
-    from pipelines.predict import cut, write_receipt
-
     out = tmp_path / "killed"
     shutil.copytree(first[1], out)
     store = open_store(str(out))
     manifest = json.loads((out / "manifest.json").read_text())
-    chunks = cut(sorted(open_store(str(images)).list((".png", ".jpg", ".webp"))), 16)
-    receipts = _receipts_of(store, manifest, open_store(str(images)), chunks)
+    done, _ = _receipts_of(store, manifest)
     store.write_bytes(PLAN, json.dumps(manifest["plan"]).encode())
-    write_receipt(store, receipts[chunks[0].part])
-    for name in ("manifest.json", "coco_results.json", "rejects.parquet", chunks[1].part):
+    write_receipt(store, done)
+    for name in ("manifest.json", "coco_results.json", "rejects.parquet", "predictions/part-00001.parquet"):
         (out / name).unlink()
-    (out / "predictions" / f".{Path(chunks[1].part).name}.1.part").write_bytes(b"half")
-    summary = predict(model, str(images), str(out), overlays=3)
-    assert summary.images_made == 2
+    (out / "predictions" / ".part-00001.parquet.1.part").write_bytes(b"half")
+    summary = predict(model, str(images), str(out), run=DRAWN)
+    assert (summary.images_made, summary.chunks_made, summary.chunks) == (2, 1, 2)
+    assert "1 made now, 1 were finished before" in str(summary)
     assert snapshot(out) == snapshot(first[1])
+
+
+def test_a_file_that_has_changed_is_predicted_again_with_its_chunk_alone(
+    first: tuple[PredictSummary, Path], model: str, images: Path, tmp_path: Path
+) -> None:
+    out, mended = tmp_path / "out", tmp_path / "images"
+    shutil.copytree(images, mended)
+    store = open_store(str(out))
+    predict(model, str(mended), str(out), run=DRAWN)
+    before = snapshot(out)
+    (mended / BROKEN).write_bytes((mended / "00" / "tall.webp").read_bytes())
+    again = predict(model, str(mended), str(out), run=DRAWN)
+    assert (again.images_made, again.rejects_by_reason) == (2, {})
+    after = snapshot(out)
+    different = {name for name in before if before[name] != after.get(name)}
+    assert different <= {"manifest.json", "rejects.parquet", "coco_results.json", "predictions/part-00001.parquet"}
+    assert {"manifest.json", "rejects.parquet", "predictions/part-00001.parquet"} <= different
+    assert not store.exists(receipt_name(0))
 
 
 def test_another_model_or_other_images_are_refused(
@@ -200,8 +220,19 @@ def test_another_model_or_other_images_are_refused(
         predict(model, str(images), str(tmp_path / "stray"))
     with pytest.raises(FileNotFoundError, match="holds no images"):
         predict(model, model, str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="--overlays is -1"):
-        predict(model, str(images), str(tmp_path / "none"), overlays=-1)
+    with pytest.raises(ValueError, match=r"another --batch-size: 1 there, 2 here: choose another --out"):
+        predict(model, str(images), str(first[1]), options=PredictOptions(batch_size=2))
+    with pytest.raises(ValueError, match=r"another --score-threshold: 0.05 there, 0.3 here"):
+        predict(model, str(images), str(first[1]), options=PredictOptions(score_threshold=0.3))
+    with pytest.raises(ValueError, match=r"--classes zebra: the model has no such category; it has 1 circle"):
+        predict(model, str(images), str(tmp_path / "none"), options=PredictOptions(classes=("zebra",)))
+    with pytest.raises(ValueError, match=r"--keypoints yes: the model .* finds none"):
+        predict(model, str(images), str(tmp_path / "none"), options=PredictOptions(keypoints="yes"))
+    with pytest.raises(ValueError, match=r"--overlay-images a.png: there is no such image"):
+        predict(model, str(images), str(tmp_path / "none"), run=PredictRun(overlay_images=("a.png",)))
+    with pytest.raises(ValueError, match=r"--actors 3 of a CPU each, but Ray has 2 CPUs"):
+        predict(model, str(images), str(tmp_path / "few"), run=PredictRun(actors=3))
+    assert not (tmp_path / "none").exists()
 
 
 def test_from_bucket_to_bucket(
@@ -210,7 +241,7 @@ def test_from_bucket_to_bucket(
     for folder, target in ((images, f"{s3}/predict/in"), (Path(model), f"{s3}/predict/model")):
         for name in open_store(str(folder)).list():
             open_store(target).write_bytes(name, (folder / name).read_bytes())
-    predict(f"{s3}/predict/model", f"{s3}/predict/in", f"{s3}/predict/out", overlays=1)
+    predict(f"{s3}/predict/model", f"{s3}/predict/in", f"{s3}/predict/out", run=PredictRun(overlays=1))
     store = open_store(f"{s3}/predict/out")
     table = pq.read_table(io.BytesIO(store.read_bytes("predictions/part-00001.parquet")))
     local = pq.read_table(first[1] / "predictions/part-00001.parquet")
@@ -219,36 +250,139 @@ def test_from_bucket_to_bucket(
     assert sum(name.startswith("overlays/") for name in store.list()) == 1
 
 
-def test_an_image_that_alone_is_refused_is_a_reject(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Store, name: str) -> bytes:
-        raise FileRefusedError(name)
+def test_a_list_and_the_images_of_it_that_cannot_be_read(
+    first: tuple[PredictSummary, Path], model: str, images: Path, tmp_path: Path
+) -> None:
+    names = sorted(open_store(str(images)).list((".png", ".jpg")))[1:4]
+    lines = [f"{images}/{names[0]}", "gone.png", f"{images}/{names[1]}", f"{images}/{names[0]}", "../x.png"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    run = PredictRun(overlays=1, overlay_images=("random",), overlay_seed=3)
+    summary = predict(model, f"{tmp_path}/list.txt", str(tmp_path / "out"), run=run)
+    assert (summary.images, summary.overlays) == (5, 1)
+    rejects = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
+    assert [row["reason"].split(":")[0] for row in rejects] == [
+        "no such file", "listed twice", "file name leads out of the image folder",
+    ]  # fmt: skip
+    rows = pq.read_table(tmp_path / "out" / "predictions/part-00000.parquet").to_pylist()
+    whole = {row["uri"]: row["detections"] for row in pq.read_table(first[1] / "predictions").to_pylist()}
+    assert [row["uri"] for row in rows] == [lines[0], lines[2]]
+    assert all(row["detections"] == whole[row["uri"]] for row in rows)
 
-    monkeypatch.setattr(Store, "read_bytes", refuse)
-    assert _read_image(open_store(str(images)), BROKEN) == _Unusable("read", "no permission")
+
+def test_shards_are_predicted_in_pixels_of_their_sources(
+    model: str, toy_shards: str, toy_data: ToySummary, tmp_path: Path
+) -> None:
+    """Equal to `mrcnn evaluate`'s results, which looks at the same rows."""
+    dataset = ShardDataset(toy_shards)
+    summary = predict(model, toy_shards, str(tmp_path), run=PredictRun(overlays=2, coco_results=True))
+    assert (summary.images, summary.overlays) == (len(dataset), 2)
+    judged = judge_rows(load_model(model), dataset, range(len(dataset)))
+    rows = pq.read_table(tmp_path / "predictions").to_pylist()
+    assert [row["image_id"] for row in rows] == [row.image["id"] for row in judged]
+    assert [(row["height"], row["width"]) for row in rows] == [(r.image["height"], r.image["width"]) for r in judged]
+    for row, each in zip(rows, judged, strict=True):
+        assert [found["rle"] for found in row["detections"]] == [r["segmentation"] for r in each.results]
+    truth = json.loads(Path(toy_data.annotations_uri).read_text())
+    ours = evaluate_coco(truth, json.loads((tmp_path / "coco_results.json").read_text()))
+    assert ours.mask == pytest.approx(metrics_of(judged, dataset.categories).mask, abs=1e-6, nan_ok=True)
+
+
+def predictor_for(
+    files: dict[str, bytes], folder: str, out: Path, options: PredictOptions | None = None
+) -> ChunkPredictor:
+    """An actor, in this process."""
+    settings = PredictSettings(
+        FileReader(open_store(folder), MAX_PIXELS), open_store(str(out)), options or PredictOptions()
+    )
+    write_model(settings.out, files)
+    return ChunkPredictor(settings)
+
+
+def chunk_of(names: list[str]) -> Chunk:
+    return Chunk(0, [Input(name, i) for i, name in enumerate(names, start=1)])
+
+
+def parts_by(model: str, folder: str, out: Path, names: list[str], *all_options: PredictOptions) -> list[list[dict]]:
+    """Rows that one chunk becomes with each of some options."""
+    files = {path.name: path.read_bytes() for path in Path(model).iterdir()}
+    found = []
+    for number, options in enumerate(all_options):
+        predictor_for(files, folder, out / str(number), options).predict(chunk_of(names))
+        found.append(pq.read_table(out / str(number) / "predictions/part-00000.parquet").to_pylist())
+    return found
+
+
+def test_options_choose_among_detections(model: str, images: Path, ray_cluster: None, tmp_path: Path) -> None:
+    names = sorted(open_store(str(images)).list((".png", ".jpg")))[1:4]
+    every, high, best, squares = parts_by(
+        model, str(images), tmp_path, names, PredictOptions(), PredictOptions(score_threshold=0.35),
+        PredictOptions(max_detections=2), PredictOptions(classes=("square",), max_detections=100),
+    )  # fmt: skip
+    scores = [found["score"] for row in every for found in row["detections"]]
+    assert min(scores) < 0.35 < max(scores), "the test needs both"
+    for all_, above, two, of_class in zip(every, high, best, squares, strict=True):
+        assert above["detections"] == [each for each in all_["detections"] if each["score"] > 0.35]
+        assert two["detections"] == all_["detections"][:2]
+        assert {each["category_id"] for each in of_class["detections"]} == {2}
+        own = [each for each in all_["detections"] if each["category_id"] == 2]
+        assert of_class["detections"][: len(own)] == own
+    assert sum(len(row["detections"]) for row in squares) > sum(
+        each["category_id"] == 2 for row in every for each in row["detections"]
+    ), "others have taken no place"
+
+
+def test_batches_are_of_one_size_and_the_rows_stay_in_order(
+    model: str, images: Path, ray_cluster: None, tmp_path: Path
+) -> None:
+    names = sorted(open_store(str(images)).list((".png", ".jpg", ".webp")))  # a broken one among them
+    one, four, again = parts_by(
+        model,
+        str(images),
+        tmp_path,
+        names,
+        PredictOptions(),
+        PredictOptions(batch_size=4),
+        PredictOptions(batch_size=4),
+    )
+    assert four == again
+    assert [row["image_id"] for row in one] == [row["image_id"] for row in four]
+    for ours, theirs in zip(one, four, strict=True):
+        scores = [[each["score"] for each in row["detections"][:5]] for row in (ours, theirs)]
+        assert scores[1] == pytest.approx(scores[0], abs=1e-4)
+
+
+def test_tta_is_the_librarys(model: str, images: Path, ray_cluster: None, tmp_path: Path) -> None:
+    names = sorted(open_store(str(images)).list((".png", ".jpg")))[1:2]
+    ((row,),) = parts_by(model, str(images), tmp_path, names, PredictOptions(tta=True))
+    pixels = cv2.imread(f"{images}/{names[0]}")[:, :, ::-1].copy()
+    (expected,) = predict_with_tta(load_model(model), [pixels], TTAConfig(scales=(72, 96, 120)))
+    assert [each["score"] for each in row["detections"]] == pytest.approx(expected.scores.tolist(), abs=1e-6)
 
 
 def test_keypoints_without_masks(toy_data: ToySummary, ray_cluster: None, tmp_path: Path) -> None:
-    from jobs.predict import _coco_entries
-
     torch.manual_seed(0)
     keypoint = KeypointConfig(num_keypoints=3, convs=1, channels=16)
     config = replace(SMALL, num_classes=2, mask=MaskConfig(head="none"), keypoint=keypoint)
     categories = [Category(4, "fish", ("left_eye", "right_eye", "mouth")), Category(9, "worm", ("mouth",))]
-    images, out = open_store(toy_data.images_uri), open_store(str(tmp_path))
-    names = sorted(images.list())[:3]
-    model = MaskRCNN(config, categories)
-    predictor = ChunkPredictor(ray.put(model_files(model)), PredictSettings(images, out, frozenset(names[:1])))
-    receipt = predictor.predict(Chunk("predictions/part-00000.parquet", [1, 2, 3], names))
-    assert (receipt.rows, receipt.rejects) == (3, [])
-    rows = pq.read_table(tmp_path / receipt.part).to_pylist()
+    names = sorted(open_store(toy_data.images_uri).list())[:3]
+    files = model_files(MaskRCNN(config, categories))
+    predictor = predictor_for(files, toy_data.images_uri, tmp_path)
+    receipt = predictor.predict(chunk_of(names))
+    assert (receipt.rows, receipt.rejected) == (3, [])
+    assert {"reading", "decoding", "model", "masks", "writing"} <= receipt.seconds.keys()
+    rows = pq.read_table(tmp_path / "predictions/part-00000.parquet").to_pylist()
     found = [each for row in rows for each in row["detections"]]
     assert {each["label"] for each in found} == {1, 2}
     assert all(each["rle"] is None for each in found)
     assert all(len(each["keypoints"]) == {4: 9, 9: 3}[each["category_id"]] for each in found)
-    first = predictor.model.predict([cv2.imread(f"{toy_data.images_uri}/{names[0]}")[:, :, ::-1].copy()])[0]
+    model = predictor.predictor.model
+    first = model.predict([cv2.imread(f"{toy_data.images_uri}/{names[0]}")[:, :, ::-1].copy()])[0]
     points = first.keypoints[0].flatten()[: len(rows[0]["detections"][0]["keypoints"])]
     assert rows[0]["detections"][0]["keypoints"] == pytest.approx(points.tolist(), abs=0.5)
-    entries = list(_coco_entries(rows))
+    entries = list(coco_entries(rows))
     assert len(entries) == len(found)
     assert all("segmentation" not in entry and entry["keypoints"] for entry in entries)
-    assert (tmp_path / "overlays" / f"{names[0]}.png").exists()
+    without = predictor_for(files, toy_data.images_uri, tmp_path / "without", PredictOptions(keypoints="no"))
+    without.predict(chunk_of(names))
+    (table,) = (pq.read_table(path) for path in (tmp_path / "without/predictions").iterdir())
+    assert all(each["keypoints"] is None for row in table.to_pylist() for each in row["detections"])
