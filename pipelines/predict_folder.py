@@ -176,6 +176,8 @@ def refuse_other(out: Store, theirs: Plan, ours: Plan) -> None:
 
 def _good_parts(manifest: Mapping[str, Any], sizes: Mapping[str, int], inputs: Inputs, size: int) -> set[int]:
     """Those that are there in their size, and of files that have not changed since."""
+    if REJECTS_FILE not in sizes:  # which nothing but the receipts could bring back
+        return set()
     pairs = zip(manifest["parts"], inputs.chunks(size), strict=True)
     return {
         chunk.number
@@ -187,7 +189,7 @@ def _good_parts(manifest: Mapping[str, Any], sizes: Mapping[str, int], inputs: I
 def _open_again(out: Store, manifest: Mapping[str, Any], good: set[int]) -> None:
     """From here until the new manifest, the plan and the receipts say what the folder is."""
     out.write_bytes(PLAN, json.dumps(manifest["plan"]).encode())
-    receipts = (each for each in _receipts_of(out, manifest) if each.number in good)
+    receipts = (each for each in _receipts_of(out, manifest) if each.number in good) if good else iter(())
     for _ in prefetched(partial(write_receipt, out), receipts, threads=THREADS, ahead=AHEAD):
         pass
     out.remove(MANIFEST)

@@ -89,12 +89,13 @@ class Predictor:
             roi = replace(roi, score_threshold=options.score_threshold)
         if options.max_detections is not None:
             roi = replace(roi, max_detections=options.max_detections)
-        model.config = model.roi_heads.config = replace(model.config, roi=roi)
+        keypoint = model.config.keypoint
+        if options.keypoints == "no":
+            model.roi_heads.keypoint_head, keypoint = None, replace(keypoint, num_keypoints=0)
+        model.config = model.roi_heads.config = replace(model.config, roi=roi, keypoint=keypoint)
         self.labels = wanted_labels(model.categories, options.classes)
         if len(self.labels) < len(model.categories):
             model.roi_heads.find_only(self.labels)
-        if options.keypoints == "no":
-            model.roi_heads.keypoint_head = None
         self.model, self.options = model, options
         side, overlap = options.tiles
         self.tiling = Tiling(side, overlap)

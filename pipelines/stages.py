@@ -62,4 +62,4 @@ def _limit(parts: Mapping[str, float], seconds: Mapping[str, float], wall: float
         slowest = max(("model", "masks", "writing"), key=lambda stage: parts[stage])
     else:
         slowest = max(("reading", "decoding"), key=lambda stage: parts[stage])
-    return f"{slowest} limits it: the model works {100 * parts['model'] / wall:.0f} % of the time"
+    return f"what limits it: {slowest}; the model works {100 * parts['model'] / wall:.0f} % of the time"

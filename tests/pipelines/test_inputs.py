@@ -130,9 +130,15 @@ def test_ten_thousand_names_take_little_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        ({"reading": 1.0, "decoding": 2.0, "model": 9.0, "waiting": 0.5}, "model limits it: the model works 90 %"),
-        ({"reading": 8.0, "decoding": 2.0, "model": 2.0, "waiting": 7.0}, "reading limits it: the model works 20 %"),
-        ({"model": 3.0, "masks": 6.0, "waiting": 0.1}, "masks limits it: the model works 30 %"),
+        (
+            {"reading": 1.0, "decoding": 2.0, "model": 9.0, "waiting": 0.5},
+            "limits it: model; the model works 90 %",
+        ),
+        (
+            {"reading": 8.0, "decoding": 2.0, "model": 2.0, "waiting": 7.0},
+            "limits it: reading; the model works 20 %",
+        ),
+        ({"model": 3.0, "masks": 6.0, "waiting": 0.1}, "limits it: masks; the model works 30 %"),
     ],
 )
 def test_what_limits_is_said(seconds: dict[str, float], words: str) -> None:
