@@ -34,6 +34,7 @@ from pipelines.toy import ToySummary
 from pipelines.transforms import MAX_PIXELS
 
 DRAWN = PredictRun(overlays=3, coco_results=True)
+SQUARE = 3  # its id
 BROKEN = "zz-broken.jpg"
 IMAGES = 18  # 16 of the toy data, one that is broken and one below a folder: two chunks
 
@@ -323,11 +324,11 @@ def test_options_choose_among_detections(model: str, images: Path, ray_cluster: 
     for all_, above, two, of_class in zip(every, high, best, squares, strict=True):
         assert above["detections"] == [each for each in all_["detections"] if each["score"] > 0.2]
         assert two["detections"] == all_["detections"][:2]
-        assert {each["category_id"] for each in of_class["detections"]} == {2}
-        own = [each for each in all_["detections"] if each["category_id"] == 2]
+        assert {each["category_id"] for each in of_class["detections"]} == {SQUARE}
+        own = [each for each in all_["detections"] if each["category_id"] == SQUARE]
         assert of_class["detections"][: len(own)] == own
     assert sum(len(row["detections"]) for row in squares) > sum(
-        each["category_id"] == 2 for row in every for each in row["detections"]
+        each["category_id"] == SQUARE for row in every for each in row["detections"]
     ), "others have taken no place"
 
 

@@ -110,7 +110,8 @@ def test_only_addresses_that_others_can_use_are_sent(monkeypatch: pytest.MonkeyP
 # ---- paths and code
 
 OTHER_TEXTS = {"alias", "device", "encoding", "experiment", "format", "from_", "name", "preset", "run", "split", "to",
-               "classes", "rpn", "precision", "workers", "evaluate_beside"}  # fmt: skip
+               "classes", "rpn", "precision", "workers", "evaluate_beside", "keypoints", "tile",
+               "score_threshold", "max_detections", "actors"}  # fmt: skip
 
 
 def test_every_text_argument_is_known_to_be_a_location_or_not() -> None:
@@ -118,6 +119,7 @@ def test_every_text_argument_is_known_to_be_a_location_or_not() -> None:
     words = {
         "build-data": ("--images", "s3://b/i", "--annotations", "s3://b/a.json", "--out", "s3://b/o"),
         "train": TRAIN[1:],
+        "predict": ("--model", "m", "--images", "s3://b/i", "--out", "s3://b/o"),
     }
     names = {
         name for command in words for name, value in settings(command, *words[command]).items() if _may_be_text(value)
