@@ -23,8 +23,8 @@ class PredictOptions:
     tta: bool = False
     """Look at each image at 3/4, 1 and 5/4 of the model's size and mirrored, and merge what is found."""
     tile: str = ""
-    """SIZE or SIZE:OVERLAP in pixels: look at larger images tile by tile. OVERLAP is a quarter of SIZE by default; an
-    object that is smaller is whole in some tile."""
+    """SIZE or SIZE:OVERLAP in pixels: look at larger images tile by tile, and merge what tiles show of the same object.
+    OVERLAP is a quarter of SIZE by default; smaller objects are whole in some tile."""
     batch_size: int = 1
     """Images that the model sees at a time. Only those of the same size for the network are, so no padding is added;
     float rounding may still differ from one at a time."""

@@ -18,23 +18,17 @@ from pycocotools import mask as coco_mask
 
 from jobs.evaluate import judge_rows, metrics_of
 from jobs.predict import PredictSummary, predict
-from mrcnn import Category, InputConfig, KeypointConfig, MaskConfig, MaskRCNN, load_model, save_model
+from mrcnn import InputConfig, MaskRCNN, load_model, save_model
 from mrcnn.evaluation import evaluate_coco
-from mrcnn.tta import TTAConfig, predict_with_tta
-from mrcnn.weights import model_files
-from pipelines.coco_file import coco_entries
 from pipelines.dataset import ShardDataset
-from pipelines.inputs import Chunk, FileReader, Input
-from pipelines.predict import PREDICTIONS, ChunkPredictor, PredictSettings
-from pipelines.predict_folder import PLAN, _receipts_of, receipt_name, write_model, write_receipt
+from pipelines.predict import PREDICTIONS
+from pipelines.predict_folder import PLAN, _receipts_of, receipt_name, write_receipt
 from pipelines.predict_options import PredictOptions, PredictRun
 from pipelines.sources.names import image_ids
 from pipelines.storage import open_store
 from pipelines.toy import ToySummary
-from pipelines.transforms import MAX_PIXELS
 
 DRAWN = PredictRun(overlays=3, coco_results=True)
-SQUARE = 3  # its id
 BROKEN = "zz-broken.jpg"
 IMAGES = 18  # 16 of the toy data, one that is broken and one below a folder: two chunks
 
@@ -286,104 +280,3 @@ def test_shards_are_predicted_in_pixels_of_their_sources(
     truth = json.loads(Path(toy_data.annotations_uri).read_text())
     ours = evaluate_coco(truth, json.loads((tmp_path / "coco_results.json").read_text()))
     assert ours.mask == pytest.approx(metrics_of(judged, dataset.categories).mask, abs=1e-6, nan_ok=True)
-
-
-def predictor_for(
-    files: dict[str, bytes], folder: str, out: Path, options: PredictOptions | None = None
-) -> ChunkPredictor:
-    """An actor, in this process."""
-    settings = PredictSettings(
-        FileReader(open_store(folder), MAX_PIXELS), open_store(str(out)), options or PredictOptions()
-    )
-    write_model(settings.out, files)
-    return ChunkPredictor(settings)
-
-
-def chunk_of(names: list[str]) -> Chunk:
-    return Chunk(0, [Input(name, i) for i, name in enumerate(names, start=1)])
-
-
-def parts_by(model: str, folder: str, out: Path, names: list[str], *all_options: PredictOptions) -> list[list[dict]]:
-    """Rows that one chunk becomes with each of some options."""
-    files = {path.name: path.read_bytes() for path in Path(model).iterdir()}
-    found = []
-    for number, options in enumerate(all_options):
-        predictor_for(files, folder, out / str(number), options).predict(chunk_of(names))
-        found.append(pq.read_table(out / str(number) / "predictions/part-00000.parquet").to_pylist())
-    return found
-
-
-def test_options_choose_among_detections(model: str, images: Path, ray_cluster: None, tmp_path: Path) -> None:
-    names = sorted(open_store(str(images)).list((".png", ".jpg")))[1:4]
-    every, high, best, squares = parts_by(
-        model, str(images), tmp_path, names, PredictOptions(), PredictOptions(score_threshold=0.2),
-        PredictOptions(max_detections=2), PredictOptions(classes=("square",), max_detections=100),
-    )  # fmt: skip
-    scores = [found["score"] for row in every for found in row["detections"]]
-    assert min(scores) < 0.2 < max(scores), "the test needs both"
-    for all_, above, two, of_class in zip(every, high, best, squares, strict=True):
-        assert above["detections"] == [each for each in all_["detections"] if each["score"] > 0.2]
-        assert two["detections"] == all_["detections"][:2]
-        assert {each["category_id"] for each in of_class["detections"]} == {SQUARE}
-        own = [each for each in all_["detections"] if each["category_id"] == SQUARE]
-        assert of_class["detections"][: len(own)] == own
-    assert sum(len(row["detections"]) for row in squares) > sum(
-        each["category_id"] == SQUARE for row in every for each in row["detections"]
-    ), "others have taken no place"
-
-
-def test_batches_are_of_one_size_and_the_rows_stay_in_order(
-    model: str, images: Path, ray_cluster: None, tmp_path: Path
-) -> None:
-    names = sorted(open_store(str(images)).list((".png", ".jpg", ".webp")))  # a broken one among them
-    one, four, again = parts_by(
-        model,
-        str(images),
-        tmp_path,
-        names,
-        PredictOptions(),
-        PredictOptions(batch_size=4),
-        PredictOptions(batch_size=4),
-    )
-    assert four == again
-    assert [row["image_id"] for row in one] == [row["image_id"] for row in four]
-    for ours, theirs in zip(one, four, strict=True):
-        scores = [[each["score"] for each in row["detections"][:5]] for row in (ours, theirs)]
-        assert scores[1] == pytest.approx(scores[0], abs=1e-4)
-
-
-def test_tta_is_the_librarys(model: str, images: Path, ray_cluster: None, tmp_path: Path) -> None:
-    names = sorted(open_store(str(images)).list((".png", ".jpg")))[1:2]
-    ((row,),) = parts_by(model, str(images), tmp_path, names, PredictOptions(tta=True))
-    pixels = cv2.imread(f"{images}/{names[0]}")[:, :, ::-1].copy()
-    (expected,) = predict_with_tta(load_model(model), [pixels], TTAConfig(scales=(72, 96, 120)))
-    assert [each["score"] for each in row["detections"]] == pytest.approx(expected.scores.tolist(), abs=1e-6)
-
-
-def test_keypoints_without_masks(toy_data: ToySummary, ray_cluster: None, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    keypoint = KeypointConfig(num_keypoints=3, convs=1, channels=16)
-    config = replace(SMALL, num_classes=2, mask=MaskConfig(head="none"), keypoint=keypoint)
-    categories = [Category(4, "fish", ("left_eye", "right_eye", "mouth")), Category(9, "worm", ("mouth",))]
-    names = sorted(open_store(toy_data.images_uri).list())[:3]
-    files = model_files(MaskRCNN(config, categories))
-    predictor = predictor_for(files, toy_data.images_uri, tmp_path)
-    receipt = predictor.predict(chunk_of(names))
-    assert (receipt.rows, receipt.rejected) == (3, [])
-    assert {"reading", "decoding", "model", "masks", "writing"} <= receipt.seconds.keys()
-    rows = pq.read_table(tmp_path / "predictions/part-00000.parquet").to_pylist()
-    found = [each for row in rows for each in row["detections"]]
-    assert {each["label"] for each in found} == {1, 2}
-    assert all(each["rle"] is None for each in found)
-    assert all(len(each["keypoints"]) == {4: 9, 9: 3}[each["category_id"]] for each in found)
-    model = predictor.predictor.model
-    first = model.predict([cv2.imread(f"{toy_data.images_uri}/{names[0]}")[:, :, ::-1].copy()])[0]
-    points = first.keypoints[0].flatten()[: len(rows[0]["detections"][0]["keypoints"])]
-    assert rows[0]["detections"][0]["keypoints"] == pytest.approx(points.tolist(), abs=0.5)
-    entries = list(coco_entries(rows))
-    assert len(entries) == len(found)
-    assert all("segmentation" not in entry and entry["keypoints"] for entry in entries)
-    without = predictor_for(files, toy_data.images_uri, tmp_path / "without", PredictOptions(keypoints="no"))
-    without.predict(chunk_of(names))
-    (table,) = (pq.read_table(path) for path in (tmp_path / "without/predictions").iterdir())
-    assert all(each["keypoints"] is None for row in table.to_pylist() for each in row["detections"])
