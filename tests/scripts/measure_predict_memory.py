@@ -19,7 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from killing import command_of, family
+from killing import command_of, family, kill_all
 from models import SMALL
 
 from mrcnn import InputConfig, MaskRCNN, save_model
@@ -69,13 +69,19 @@ Sample = tuple[int, float, float, float]
 """Images in finished parts, and megabytes of the driver, of the actors, and of all"""
 
 
-def watch(process: subprocess.Popen[str], predictions: Path) -> list[Sample]:
-    """Look at all processes until the first one ends."""
+def watch(process: subprocess.Popen[bytes], predictions: Path, images: int) -> list[Sample]:
+    """Look at all processes until the first one ends; print a row now and then."""
     curve: list[Sample] = []
+    print(f"{'images':>8}{'driver':>9}{'actors':>9}{'all':>9}   MB")
+    printed = 0
     while process.poll() is None:
         sizes = {pid: megabytes(pid) for pid in family(process.pid)}
         actors = sum(size for pid, size in sizes.items() if "ChunkPredictor" in command_of(pid))
-        curve.append((images_done(predictions), sizes.get(process.pid, 0.0), actors, sum(sizes.values())))
+        sample = (images_done(predictions), sizes.get(process.pid, 0.0), actors, sum(sizes.values()))
+        if sample[0] >= printed + images / ROWS:
+            printed = sample[0]
+            print(f"{sample[0]:>8}" + "".join(f"{size:>9.0f}" for size in sample[1:]), flush=True)
+        curve.append(sample)
         time.sleep(SECONDS)
     return curve
 
@@ -100,11 +106,8 @@ def megabytes(pid: int) -> float:
 
 
 def show(curve: list[Sample], images: int) -> None:
-    """The curve in some rows, and how much the actors have grown from a quarter of the images to the end."""
+    """How much there was in the first and in the last quarter of the images."""
     at_work = [each for each in curve if each[2] > 0 and 0 < each[0] < images]
-    print(f"{'images':>8}{'driver':>9}{'actors':>9}{'all':>9}   MB")
-    for sample in at_work[:: max(1, len(at_work) // ROWS)]:
-        print(f"{sample[0]:>8}" + "".join(f"{size:>9.0f}" for size in sample[1:]))
     early = [each for each in at_work if each[0] < images / 4] or at_work[:1]
     late = [each for each in at_work if each[0] > images * 3 / 4] or at_work[-1:]
     for place, name in ((1, "driver"), (2, "actors"), (3, "all")):
