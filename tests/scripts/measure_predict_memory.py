@@ -36,16 +36,12 @@ def main(out: Path, images: int) -> None:
     config = replace(SMALL, input=InputConfig(shorter_side=SIDE, longer_side=SIDE))
     save_model(MaskRCNN(config), out / "model")
     words = ["predict", "--model", out / "model", "--images", out / "images", "--out", out / "predictions"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", *map(str, words)],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    curve = watch(process, out / "predictions")
-    printed, _ = process.communicate()
-    print(printed)
-    assert process.returncode == 0
+    process = subprocess.Popen([sys.executable, "-m", "jobs.cli", *map(str, words)], stdout=sys.stderr)
+    try:
+        curve = watch(process, out / "predictions", images)
+    finally:
+        kill_all(process.pid)
+    assert process.wait() == 0
     manifest = json.loads((out / "predictions/manifest.json").read_text())
     assert manifest["totals"]["rows"] == images
     show(curve, images)
