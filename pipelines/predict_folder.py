@@ -3,7 +3,8 @@
 _progress/plan.json says which prediction, and is written first. _progress/model/ holds the model, _progress/chunks/ the
 inputs of the chunks that are missing, _progress/PART.json a chunk's receipt, written after its part. manifest.json is
 written when all are there and the sums are right; then _progress/ goes. Every file appears whole, so any process may be
-killed at any moment; and since equal predictions write equal bytes, two of them at once do each other no harm.
+killed at any moment. Equal predictions write equal bytes, so of two at once neither spoils the other's parts; but the
+first to end removes what the other still needs, which then fails, and finds all finished when it is run again.
 
 The driver holds a number for each finished chunk, and of the folder's listing names and sizes: some three files a
 chunk. Receipts and rejects pass one by one.

@@ -158,6 +158,9 @@ def test_again_computes_only_what_is_missing(
     assert repaired.images_made == 2
     assert snapshot(out) == before
     assert (out / "predictions/part-00000.parquet").stat().st_mtime_ns == untouched
+    (out / "rejects.parquet").unlink()
+    assert predict(model, str(images), str(out), run=DRAWN).images_made == IMAGES
+    assert snapshot(out) == before
 
 
 def test_what_a_killed_run_left_is_completed(
