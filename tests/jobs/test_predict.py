@@ -254,9 +254,9 @@ def test_a_list_and_the_images_of_it_that_cannot_be_read(
     names = sorted(open_store(str(images)).list((".png", ".jpg")))[1:4]
     lines = [f"{images}/{names[0]}", "gone.png", f"{images}/{names[1]}", f"{images}/{names[0]}", "../x.png"]
     (tmp_path / "list.txt").write_text("\n".join(lines))
-    run = PredictRun(overlays=1, overlay_images=("random",), overlay_seed=3)
+    run = PredictRun(overlays=3, overlay_images=("random",), overlay_seed=3)  # all whose names can be read
     summary = predict(model, f"{tmp_path}/list.txt", str(tmp_path / "out"), run=run)
-    assert (summary.images, summary.overlays) == (5, 1)
+    assert (summary.images, summary.overlays) == (5, 2), "none of a reject"
     rejects = pq.read_table(tmp_path / "out" / "rejects.parquet").to_pylist()
     assert [row["reason"].split(":")[0] for row in rejects] == [
         "no such file", "listed twice", "file name leads out of the image folder",
