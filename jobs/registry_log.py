@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -48,21 +50,32 @@ def log_model(files: Mapping[str, bytes], *, run: Run, step: int, tags: Mapping[
         folder.mkdir()
         for name, data in files.items():
             (folder / name).write_bytes(data)
-        logged = Model.log(
-            artifact_path=None,
-            name=ARTIFACT,
-            flavor=mlflow.pyfunc,
-            run_id=run.info.run_id,
-            step=step,
-            tags=dict(tags),
-            python_model=str(PYFUNC),
-            artifacts={ARTIFACT: str(folder)},
-            signature=_signature(),
-            input_example=[_example_image()],
-            # given, because MLflow would otherwise run the model to find out
-            pip_requirements=[f"{package}=={installed_version(package)}" for package in REQUIREMENTS],
-        )
+        with _no_bytecode():
+            logged = Model.log(
+                artifact_path=None,
+                name=ARTIFACT,
+                flavor=mlflow.pyfunc,
+                run_id=run.info.run_id,
+                step=step,
+                tags=dict(tags),
+                python_model=str(PYFUNC),
+                artifacts={ARTIFACT: str(folder)},
+                signature=_signature(),
+                input_example=[_example_image()],
+                # given, because MLflow would otherwise run the model to find out
+                pip_requirements=[f"{package}=={installed_version(package)}" for package in REQUIREMENTS],
+            )
     return logged.model_id
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """MLflow runs the pyfunc's copy in the folder that it then stores, and Python would leave __pycache__ there."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _example_image() -> bytes:

@@ -139,7 +139,7 @@ def test_a_receiver_that_stays_away_costs_a_bounded_time(tmp_path: Path, receive
     queue.put(line(0), line(1))
     started = time.monotonic()
     queue.close(patience=1)
-    assert 1 <= time.monotonic() - started < 3
+    assert 1 <= time.monotonic() - started < 10
     (kept,) = files(tmp_path)
     assert (tmp_path / kept).read_bytes() == b"0\n1\n"
     assert queue.error == "http://host is down"

@@ -104,6 +104,7 @@ def test_told_to_end_it_saves_and_goes_on(
     seen.wait_for("told", lambda taken: taken.step == 11, count=2, still=running.process.is_alive)
     restarted = step_of(r"checkpoints at step (\d+)", running.out)
     os.kill(running.process.pid or 0, signal.SIGTERM)
+    wait_for(running, lambda: "SIGTERM: saving a checkpoint" in running.out)
     time.sleep(0.5)  # the driver's word to them takes a moment
     before_11.unlink()
     done = running.wait(60)
@@ -140,11 +141,11 @@ def test_a_node_that_will_be_taken_away(
     seen.wait_for("moved", lambda taken: taken.step == 5, count=2, still=running.process.is_alive)
     actors = training_actors(nodes)
     node = list(actors.values())[-1]
-    drain(nodes, node, seconds=8)
+    drain(nodes, node, seconds=12)
     checkpoints = Checkpoints(f"{job.storage}/moved")
     told = time.monotonic()
     while not checkpoints.steps():
-        assert time.monotonic() - told < 8
+        assert time.monotonic() - told < 12
         time.sleep(0.4)
         holds.pop(0).unlink()
     wait_for(running, lambda: "going on from" in running.out)

@@ -20,7 +20,7 @@ from jobs.tracking_log import RunLogger, Unsent, run_status, unsent
 from jobs.tracking_system import gpu_memory
 from jobs.train import _reopen_run
 
-AT_ONCE = 1.0  # seconds; generous, for calls that wait for nobody
+AT_ONCE = 3.0  # seconds; generous, for calls that wait for nobody
 PICTURE = np.zeros((40, 30, 3), np.uint8)
 
 
