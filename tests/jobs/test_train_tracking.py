@@ -82,7 +82,7 @@ def test_a_killed_worker_without_mlflow_loses_nothing(
     monkeypatch.setattr("jobs.tracking_log.PATIENCE", 60.0)
     capsys.readouterr()
     assert main(["replay-mlflow", uri]) == 0
-    assert capsys.readouterr().out.startswith(f"written to MLflow run {summary.run_id}: ")
+    assert f"written to MLflow run {summary.run_id}: " in capsys.readouterr().out  # lines of workers may come late
     check_the_run(summary.run_id, saboteur.killed_at, ShardDataset(toy_shards).manifest.digest)
     assert read_config(f"runs:/{summary.run_id}/config.json") == replace(CONFIG, model=replace(SMALL, num_classes=4))
 
