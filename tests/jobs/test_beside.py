@@ -174,10 +174,10 @@ def test_a_training_that_fails_waits_for_no_evaluation(evaluation: bytes, settin
 def test_a_full_cluster_evaluates_within(job: TrainJob, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluates_beside(job, use_gpu=False)
     assert not evaluates_beside(replace(job, evaluate_beside="no"), use_gpu=False)
-    assert capsys.readouterr().out == ""
+    assert "evaluating within" not in capsys.readouterr().out  # lines of workers may come late
     assert not evaluates_beside(replace(job, workers="2"), use_gpu=False)
     line = "evaluating within training: the cluster has no more CPUs than training may take (2)\n"
-    assert capsys.readouterr().out == line
+    assert line in capsys.readouterr().out
     assert not evaluates_beside(replace(job, workers="1:2"), use_gpu=False)
 
 
