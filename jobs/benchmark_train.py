@@ -94,7 +94,7 @@ class OverheadReport:
 
 
 def run_overhead_benchmark(
-    *, threads: int = 2, repeats: int = 5, device: str = "cpu", sizes: OverheadSizes | None = None
+    *, threads: int = 1, repeats: int = 5, device: str = "cpu", sizes: OverheadSizes | None = None
 ) -> OverheadReport:
     """Time both so many times in turn, with so many CPU threads for each, on made data.
 
@@ -102,7 +102,7 @@ def run_overhead_benchmark(
     """
     for argument, value in (("threads", threads), ("repeats", repeats)):
         if value < 1:
-            raise ValueError(f"{argument} is {value}, but must be at least 1: 2 threads and 5 repeats are the default")
+            raise ValueError(f"{argument} is {value}, but must be at least 1: 1 thread and 5 repeats are the default")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device is {device!r}, which cannot be used: give cpu, or cuda where there is a GPU")
     sizes = sizes or OverheadSizes()

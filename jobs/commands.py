@@ -146,7 +146,7 @@ def models(action: Literal["list"], /, name: str | None = None) -> None:
 def benchmark(
     name: AnyBenchmarkName,
     /,
-    threads: int = 2,
+    threads: int | None = None,
     repeats: int = 5,
     device: str = "cpu",
     images: str | None = None,
@@ -158,7 +158,7 @@ def benchmark(
 
     Args:
         name: What to time.
-        threads: CPU threads of both; CPUs of the pipelines.
+        threads: CPU threads of both, CPUs of the pipelines; by default 2, for train-overhead a CPU worker's 1.
         repeats: Timed calls of each, of which the median counts; trainings of each for train-overhead.
         device: cpu, or cuda where there is a GPU.
         images: For build-data: local folder of JPEGs; by default, made ones of COCO's sizes.
@@ -170,6 +170,8 @@ def benchmark(
     from jobs.benchmark_train import OverheadReport, run_overhead_benchmark
 
     report: Report | DataReport | OverheadReport
+    if threads is None:
+        threads = 1 if name == "train-overhead" else 2
     if profile and name in ("build-data", "train-overhead"):
         raise ValueError(f"--profile is for the model and its operators, not for {name}: leave it out")
     if images is not None and name != "build-data":
