@@ -11,15 +11,18 @@ import fcntl
 import io
 import mmap
 import os
+import sys
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipelines.local_files import open_to_write
 
-BLOCK = 1024 * 1024  # bytes; a multiple of what disks and memory are aligned to
-BLOCKS = 8  # of a file in memory, at most
+ALIGNED = 4096  # bytes: disks demand that their places in the file and in memory, and their number, are multiples of it
+BLOCK = 4 * 1024 * 1024  # a multiple of that, and of the pages that a processor finds fastest
+BLOCKS = 3  # of a file in memory, at most
 NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # what file systems say that have a cache only
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux alone has it
 
@@ -60,7 +63,7 @@ class DirectFile(io.RawIOBase):
             return
         try:
             if self._size % BLOCK:
-                self._hand_over()  # all of the block, whose end is cut off again
+                self._hand_over()  # up to a multiple, whose end is cut off again
             while self._writing:
                 self._writing.popleft().result()
             os.ftruncate(self._file, self._size)
@@ -71,12 +74,19 @@ class DirectFile(io.RawIOBase):
 
     def _hand_over(self) -> None:
         offset = (self._size - 1) // BLOCK * BLOCK
-        self._writing.append(self._writer.submit(_write_all, self._file, self._block, offset))
+        length = -(-(self._size - offset) // ALIGNED) * ALIGNED
+        self._writing.append(self._writer.submit(_write_all, self._file, self._block, length=length, offset=offset))
         self._block = _block() if len(self._writing) < BLOCKS else self._writing.popleft().result()
 
 
 def _block() -> mmap.mmap:
-    return mmap.mmap(-1, BLOCK)  # a map begins where disks demand it, at a page
+    """A map begins where disks demand it, at a page; of large pages it takes few, each of which is to be made first."""
+    if sys.platform != "linux":
+        return mmap.mmap(-1, BLOCK)
+    block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
 
 
 def _open(path: Path) -> int:
@@ -88,11 +98,11 @@ def _open(path: Path) -> int:
         return open_to_write(path)
 
 
-def _write_all(file: int, block: mmap.mmap, offset: int) -> mmap.mmap:
+def _write_all(file: int, block: mmap.mmap, *, length: int, offset: int) -> mmap.mmap:
     done = 0
-    while done < BLOCK:
+    while done < length:
         try:
-            done += os.pwrite(file, memoryview(block)[done:], offset + done)
+            done += os.pwrite(file, memoryview(block)[done:length], offset + done)
         except OSError as error:
             flags = fcntl.fcntl(file, fcntl.F_GETFL)
             if error.errno not in NOT_DIRECT or not flags & O_DIRECT:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, wraps
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext
 
 AHEAD = 64  # tasks a CPU is given at once: what the driver holds a second time, and Ray's object store a third
 TRIES = 4  # of a task whose process dies
+TOGETHER = 8  # tasks that one process does without a pause, at most
 FAILURES: dict[str, type[Exception]] = {
     error.__name__: error for error in (PermissionError, FileNotFoundError, ValueError, RuntimeError)
 }
@@ -30,39 +32,69 @@ def run_tasks(function: Callable[[Task], Task], tasks: Iterable[Task]) -> Iterat
     context = DataContext.get_current()
     context.enable_progress_bars = False  # they count blocks; callers count images
     context.memory_usage_poll_interval_s = None  # a walk through all memory maps each second, for statistics
-    attempts = count_attempts()
-    waiting, many = iter(tasks), AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    while some := list(islice(waiting, many)):
-        dataset = ray.data.from_items(some, override_num_blocks=len(some))
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    attempts = count_attempts(remembered=2 * TOGETHER * cpus)
+    waiting = iter(tasks)
+    while some := list(islice(waiting, AHEAD * cpus)):
+        dataset = ray.data.from_arrow([pa.Table.from_pylist(each) for each in _together(some, cpus)])
+        dataset.context.target_max_block_size = 1  # a row is handed on when the next is there, not with the last
         counted = partial(_run_counted, function=function, attempts=attempts)
         yield from map(checked, dataset.map(counted, num_cpus=1).iter_rows())
 
 
-def count_attempts() -> Any:
+def _together(tasks: Sequence[Task], cpus: int) -> Iterator[Sequence[Task]]:
+    """Cut so that each process has some to do one after another: after them it waits for Ray Data, which looks every
+    0.1 s for who has ended. Fewer of them towards the end, where one CPU would else have work left and others none."""
+    start = 0
+    while start < len(tasks):
+        count = min(max((len(tasks) - start) // (2 * cpus), 1), TOGETHER)
+        yield tasks[start : start + count]
+        start += count
+
+
+def count_attempts(remembered: int = 0) -> Any:
     """Handle of a new `_Attempts`, for `begin_or_explain`. It counts anew if its node dies."""
-    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Attempts).remote()
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Attempts).remote(remembered)
 
 
 class _Attempts:
-    """Actor: how often each task was begun. Ray Data itself tries for ever one whose process dies, as a file may make
-    it that crashes its decoder."""
+    """Actor: how often each task was begun, and what so many of the last ones ended with.
 
-    def __init__(self) -> None:
+    Ray Data itself tries for ever a task whose process dies, as a file may make it that crashes its decoder; and it
+    then repeats those that the process has done together with it.
+    """
+
+    def __init__(self, remembered: int) -> None:
         self._begun: Counter[str] = Counter()
+        self._ended: dict[str, Task] = {}
+        self._remembered = remembered
 
-    def begin(self, name: str) -> int:
+    def begin(self, name: str) -> tuple[int, Task | None]:
+        if name in self._ended:
+            return 0, self._ended[name]
         self._begun[name] += 1
-        return self._begun[name]
+        return self._begun[name], None
+
+    def end(self, name: str, result: Task) -> None:
+        self._ended[name] = result
+        if len(self._ended) > self._remembered:
+            del self._ended[next(iter(self._ended))]
 
 
 def _run_counted(task: Task, *, function: Callable[[Task], Task], attempts: Any) -> Task:
-    return begin_or_explain(attempts, task["name"]) or function(task)
+    result = begin_or_explain(attempts, task["name"])
+    if result is None:
+        result = function(task)
+        attempts.end.remote(task["name"], result)
+    return result
 
 
 def begin_or_explain(attempts: Any, name: str) -> Task | None:
-    """Count that a task of this name begins; what it returns at once instead, where it has begun too often."""
-    if ray.get(attempts.begin.remote(name)) <= TRIES:
-        return None
+    """Count that a task of this name begins. What it returns at once instead: its result, where it has ended; why it
+    fails, where it has begun too often."""
+    count, result = ray.get(attempts.begin.remote(name))
+    if result is not None or count <= TRIES:
+        return result
     message = (
         f"{name}: its process died {TRIES} times: memory is short, or a file of it crashes its decoder (see "
         "the logs of Ray). What is finished is kept, the same command goes on"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from inline import run_inline
 from pipelines import build as build_module
 from pipelines import tasks as tasks_module
 from pipelines.build import BuildConfig, build, prepare
-from pipelines.tasks import Task, failing_in_words, run_tasks
+from pipelines.tasks import TRIES, Task, failing_in_words, run_tasks
 from pipelines.toy import make_toy_data
 
 STORE_BYTES = 80 * 2**20
@@ -142,6 +143,41 @@ def test_a_task_whose_process_dies_each_time_ends_the_build() -> None:
 
     with pytest.raises(RuntimeError, match="deadly: its process died 4 times"):
         list(run_tasks(work, iter([{"name": "harmless"}, {"name": "deadly"}])))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_tasks_that_have_ended_are_not_done_again_where_their_process_dies_later(tmp_path: Path) -> None:
+    @failing_in_words
+    def work(task: Task) -> Task:
+        name = task["name"]
+        with (tmp_path / name).open("a") as begun:
+            begun.write(f"{os.getpid()} ")
+        if name == "3" and len((tmp_path / name).read_text().split()) < TRIES:
+            os._exit(1)
+        return task
+
+    numbers = [str(i) for i in range(16)]  # with 2 CPUs, the first four together
+    assert sorted(int(row["name"]) for row in run_tasks(work, ({"name": each} for each in numbers))) == list(range(16))
+    begun = {name: (tmp_path / name).read_text().split() for name in numbers}
+    assert begun["0"] == begun["1"] == begun["2"] == begun["3"][:1], "one process did all four"
+    assert {name: len(processes) for name, processes in begun.items()} == dict.fromkeys(numbers, 1) | {"3": TRIES}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_rows_come_before_all_that_a_process_has_to_do_is_done(tmp_path: Path) -> None:
+    @failing_in_words
+    def work(task: Task) -> Task:
+        deadline = time.monotonic() + 60
+        while task["name"] not in ("0", "1") and not (tmp_path / "go").exists():
+            if time.monotonic() > deadline:
+                raise ValueError("nobody had the first row")
+            time.sleep(0.02)
+        return task
+
+    rows = run_tasks(work, ({"name": str(i)} for i in range(16)))
+    assert next(rows)["name"] == "0"
+    (tmp_path / "go").touch()
+    assert len(list(rows)) == 15
 
 
 @pytest.fixture

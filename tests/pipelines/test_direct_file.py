@@ -40,7 +40,7 @@ def written(path: Path, sizes: list[int]) -> bytes:
         [3, BLOCK - 3, BLOCK],
         [7, 3 * BLOCK, 11, 5],
         [(BLOCKS + 2) * BLOCK + 17],  # more than is ever in memory
-        [BLOCK // 3] * 20,
+        [BLOCK // 3] * 3 * BLOCKS,
     ],
 )
 def test_all_bytes_in_any_pieces(tmp_path: Path, sizes: list[int]) -> None:
