@@ -5,14 +5,18 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 KERNELS := setup.py $(wildcard mrcnn/ops/csrc/*.* mrcnn/ops/csrc/*/*.*)
 
-.PHONY: demo test check setup clean
+.PHONY: demo test drills check setup clean
 
 demo: setup
 	$(VENV)/bin/mrcnn demo
 
 # one thread each: processes that share cores wait for each other's threads else
 test: check
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --durations 25
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not drill' -n logical --maxprocesses 4 --durations 25
+
+# one after another: each has a cluster of its own
+drills: setup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m drill --durations 25
 
 check: setup
 	$(VENV)/bin/ruff check

@@ -27,7 +27,7 @@ from jobs.train import train
 from jobs.worker import WorkerSettings
 from pipelines.storage import Store, open_store
 
-pytestmark = pytest.mark.usefixtures("mlflow_store")
+pytestmark = [pytest.mark.drill, pytest.mark.usefixtures("mlflow_store")]
 
 CONFIG = TrainConfig(
     model=replace(SMALL, num_classes=4, backbone=replace(SMALL.backbone, norm="bn")),

@@ -24,6 +24,8 @@ from pipelines.predict_folder import PARTS, PROGRESS, part_name, receipt_name
 from pipelines.storage import open_store
 from pipelines.toy import make_toy_data
 
+pytestmark = pytest.mark.drill
+
 IMAGES, CHUNKS = 82, 6
 PATIENCE = 300.0
 

@@ -92,6 +92,7 @@ def step_of(pattern: str, text: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.drill
 def test_told_to_end_it_saves_and_goes_on(
     mrcnn: Commands, seen: Seen, job: TrainJob, undisturbed: dict[str, bytes]
 ) -> None:
@@ -131,6 +132,7 @@ def nodes(seen: Seen) -> Iterator[Nodes]:
         yield nodes
 
 
+@pytest.mark.drill
 def test_a_node_that_will_be_taken_away(
     nodes: Nodes, mrcnn: Commands, seen: Seen, job: TrainJob, undisturbed: dict[str, bytes]
 ) -> None:

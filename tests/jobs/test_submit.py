@@ -18,6 +18,8 @@ from ray_nodes import Nodes, free_port, ray_nodes
 from mrcnn.ops._library import LIBRARY
 from pipelines.toy import ToySummary
 
+pytestmark = pytest.mark.drill
+
 SECRET = secrets.token_hex(16)
 LONG = ("toy-data", "--images", "1000000", "--out")
 

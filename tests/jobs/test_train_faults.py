@@ -33,6 +33,8 @@ from jobs import tracking
 from jobs.config import OptimizerConfig, TrainConfig
 from pipelines.storage import open_store
 
+pytestmark = pytest.mark.drill
+
 IMAGES = 16
 AWAY_SECONDS = 10.0
 SOON = 120.0  # seconds, on a machine that is busy with other tests

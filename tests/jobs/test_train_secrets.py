@@ -19,6 +19,8 @@ from ray_nodes import ray_nodes
 from jobs.config import OptimizerConfig, TrainConfig
 from pipelines.storage import open_store
 
+pytestmark = pytest.mark.drill
+
 PASSWORD = secrets.token_hex(16)
 CONFIG = TrainConfig(
     model=SMALL,

@@ -21,6 +21,8 @@ from jobs.config_file import read_config
 from jobs.train import train
 from pipelines.dataset import ShardDataset
 
+pytestmark = pytest.mark.drill
+
 CONFIG = TrainConfig(
     model=SMALL,
     optimizer=OptimizerConfig(base_lr=0.02, warmup_steps=4, decay_at=(1.0,)),

@@ -18,6 +18,8 @@ from pipelines.shard_task import PROGRESS
 from pipelines.storage import open_store
 from pipelines.toy import make_toy_data
 
+pytestmark = pytest.mark.drill
+
 SEED = 20
 SHARDS = 20
 PATIENCE = 300.0
