@@ -85,7 +85,7 @@ def run_benchmark(
         if value < 1:
             raise ValueError(f"{argument} is {value}, but must be at least 1: 2 threads and 5 repeats are the default")
     where = _device(device)
-    with _threads(threads):
+    with torch_threads(threads):
         cases = BENCHMARKS[name](sizes or Sizes(), where)
         timings = tuple(_measure(case, repeats, where) for case in cases)
         profiles = [_profile(case, where) for case in cases] if with_profile else []
@@ -102,7 +102,8 @@ def _device(name: str) -> torch.device:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads for torch in this process, and afterwards as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

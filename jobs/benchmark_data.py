@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,10 @@ def run_data_benchmark(
     use_one_thread()
     with tempfile.TemporaryDirectory(prefix="mrcnn-benchmark-") as name:
         folder = Path(name)
-        files = _files(images) if images is not None else made_jpegs(folder / "made", MADE)
-        once, few = _copied(files, folder / "once", 1), -(-SHORT_SHARDS * cpus * ROWS // len(files))
-        short, long = _copied(files, folder / "short", few), _copied(files, folder / "long", few + copies)
+        files = jpegs_in(images) if images is not None else made_jpegs(folder / "made", MADE)
+        count, few = len(files), -(-SHORT_SHARDS * cpus * ROWS // len(files))
+        once, short = copied(files, folder / "once", count), copied(files, folder / "short", few * count)
+        long = copied(files, folder / "long", (few + copies) * count)
         rates = _single(files, short, folder, repeats)
         with ray_session(cpus):
             rates += _pipelines(short, long, folder, cpus=cpus, further=copies * len(files))
@@ -132,7 +134,8 @@ def _ratios(rates: Sequence[Rate]) -> dict[str, float]:
     }
 
 
-def _files(folder: str) -> list[Path]:
+def jpegs_in(folder: str) -> list[Path]:
+    """The first MOST of a local folder. Raises ValueError where there are none."""
     found = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:MOST]
     if not found:
         raise ValueError(
@@ -156,16 +159,18 @@ def made_jpegs(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def _copied(files: Sequence[Path], folder: Path, times: int) -> Path:
-    """A folder with every file so many times, as links where the disk is the same."""
+def copied(files: Sequence[Path], folder: Path, count: int) -> Path:
+    """A folder with so many files, one after the other and from the first again, as links where the disk is the same.
+
+    Their names are their numbers.
+    """
     folder.mkdir()
-    for i in range(times):
-        for j, file in enumerate(files):
-            target = folder / f"{i:04d}-{j:06d}.jpg"
-            try:
-                os.link(file, target)
-            except OSError:
-                shutil.copyfile(file, target)
+    for i, file in enumerate(islice(cycle(files), count)):
+        target = folder / f"{i:06d}.jpg"
+        try:
+            os.link(file, target)
+        except OSError:
+            shutil.copyfile(file, target)
     return folder
 
 

@@ -6,4 +6,6 @@ from typing import Literal
 
 BenchmarkName = Literal["model-eval", "train-step", "roi-align", "nms", "masks"]
 """Against torchvision's (jobs/benchmark_cases.py)"""
-AnyBenchmarkName = Literal[BenchmarkName, "build-data", "train-overhead"]
+PredictBenchmarkName = Literal["predict", "predict-small"]
+"""Against a loop around torchvision's model (jobs/benchmark_predict.py)"""
+AnyBenchmarkName = Literal[BenchmarkName, PredictBenchmarkName, "build-data", "train-overhead"]

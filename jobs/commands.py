@@ -154,39 +154,49 @@ def benchmark(
     profile: bool = False,
 ) -> None:
     """Time the model or an operator against torchvision's, with the same weights and inputs, in turn; or the building
-    of data against Pillow and Ray Data; or a training by Ray Train against a plain loop around the same step.
+    of data against Pillow and Ray Data; or a training by Ray Train against a plain loop around the same step; or a
+    prediction against a plain loop around torchvision's model.
 
     Args:
         name: What to time.
         threads: CPU threads of both, CPUs of the pipelines; by default 2, for train-overhead a CPU worker's 1.
-        repeats: Timed calls of each, of which the median counts; trainings of each for train-overhead.
+        repeats: Timed calls of each, of which the median counts; trainings or predictions where these are timed.
         device: cpu, or cuda where there is a GPU.
-        images: For build-data: local folder of JPEGs; by default, made ones of COCO's sizes.
+        images: For build-data and predict: local folder of JPEGs; by default, made ones of COCO's sizes.
         out: JSON file for the numbers.
         profile: Also show where the time goes: the fifteen largest entries of torch.profiler for both.
     """
     from jobs.benchmark import Report, run_benchmark
     from jobs.benchmark_data import DataReport, run_data_benchmark
+    from jobs.benchmark_predict import PredictReport, run_predict_benchmark
     from jobs.benchmark_train import OverheadReport, run_overhead_benchmark
 
-    report: Report | DataReport | OverheadReport
+    report: Report | DataReport | OverheadReport | PredictReport
     if threads is None:
         threads = 1 if name == "train-overhead" else 2
-    if profile and name in ("build-data", "train-overhead"):
-        raise ValueError(f"--profile is for the model and its operators, not for {name}: leave it out")
-    if images is not None and name != "build-data":
-        raise ValueError(f"--images is for the benchmark build-data, not for {name}: leave it out")
+    _check_benchmark(name, device=device, images=images, profile=profile)
     if name == "build-data":
-        if device != "cpu":
-            raise ValueError(f"device is {device}, but build-data uses CPUs only: leave --device out")
         report = run_data_benchmark(images, cpus=threads, repeats=repeats)
     elif name == "train-overhead":
         report = run_overhead_benchmark(threads=threads, repeats=repeats, device=device)
+    elif name == "predict" or name == "predict-small":
+        report = run_predict_benchmark(name, images, cpus=threads, repeats=repeats)
     else:
         report = run_benchmark(name, threads=threads, repeats=repeats, device=device, with_profile=profile)
     print(report)
     if out is not None:
         report.write(out)
+
+
+def _check_benchmark(name: AnyBenchmarkName, *, device: str, images: str | None, profile: bool) -> None:
+    """Raise ValueError for an option that this benchmark has no use for."""
+    on_images = ("build-data", "predict", "predict-small")
+    if profile and name in (*on_images, "train-overhead"):
+        raise ValueError(f"--profile is for the model and its operators, not for {name}: leave it out")
+    if images is not None and name not in on_images:
+        raise ValueError(f"--images is for the benchmarks {', '.join(on_images)}, not for {name}: leave it out")
+    if device != "cpu" and name in on_images:
+        raise ValueError(f"device is {device}, but {name} uses CPUs only: leave --device out")
 
 
 def demo(out: str = "demo-run") -> None:

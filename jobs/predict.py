@@ -68,6 +68,8 @@ class PredictSummary:
     seconds: float
     stages: str
     """Where the actors' time went, in words; empty where they had nothing to do"""
+    stage_seconds: dict[str, float]
+    """The same by stage, of all actors together"""
     has_coco_results: bool
 
     def __str__(self) -> str:
@@ -231,6 +233,7 @@ def run_prediction(prepared: PreparedPrediction) -> PredictSummary:
         overlays=overlays,
         seconds=prepared.seconds + time.monotonic() - started,
         stages=made.stages,
+        stage_seconds=made.watch.seconds,
         has_coco_results=out.exists(RESULTS_FILE),
     )
 

@@ -91,7 +91,7 @@ def test_the_table_and_the_file(tmp_path: Path) -> None:
         (("build-data", "--threads", "0"), "threads is 0"),
         (("build-data", "--device", "cuda"), "device is cuda, but build-data uses CPUs only"),
         (("build-data", "--profile"), "--profile is for the model and its operators"),
-        (("nms", "--images", "x"), "--images is for the benchmark build-data"),
+        (("nms", "--images", "x"), "--images is for the benchmarks build-data, predict"),
     ],
 )
 def test_bad_arguments_end_with_code_2(

@@ -52,7 +52,7 @@ def test_the_table_and_the_file(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("--profile",), "--profile is for the model and its operators, not for train-overhead"),
-        (("--images", "/x"), "--images is for the benchmark build-data"),
+        (("--images", "/x"), "--images is for the benchmarks build-data, predict"),
         (("--repeats", "0"), "repeats is 0"),
         (("--device", "abacus"), "device is 'abacus', which cannot be used"),
     ],
