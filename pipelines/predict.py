@@ -115,7 +115,8 @@ def model_pool(tasks: int, *, actors: int | None = None, gpus_per_actor: float =
     resources = ray.cluster_resources()
     gpus = resources.get("GPU", 0) if gpus_per_actor else 0
     most = int(gpus / gpus_per_actor + 1e-6) if gpus else int(resources.get("CPU", 1))
-    pool = ActorPoolStrategy(size=max(1, min(actors or most, tasks)))
+    # by default the first actor that is there takes several tasks, which then wait while the others have nothing to do
+    pool = ActorPoolStrategy(size=max(1, min(actors or most, tasks)), max_tasks_in_flight_per_actor=1)
     return {"compute": pool, "num_gpus": gpus_per_actor} if gpus else {"compute": pool, "num_cpus": 1}
 
 
