@@ -175,7 +175,7 @@ def _judge_in_parallel(files: ModelFiles, dataset: ShardDataset) -> list[JudgedR
         _RowJudge,
         fn_constructor_args=(ray.put(dict(files)), dataset),
         batch_size=ROWS_A_BATCH,
-        **model_pool(blocks),
+        **model_pool(blocks).arguments,
     )
     return [JudgedRow(**json.loads(row["row"])) for row in judged.iter_rows()]
 

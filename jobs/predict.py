@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jobs.cluster import cluster_size
+from jobs.cluster import ClusterSize, cluster_size
 from jobs.registry import ResolvedModel, resolve_model
 from mrcnn.structures import Category
 from mrcnn.weights import CONFIG_FILE
@@ -25,7 +25,14 @@ from pipelines.coco_file import write_coco_results
 from pipelines.inputs import Chunk, Inputs, ShardInputs, open_inputs
 from pipelines.manifest import check_sum
 from pipelines.overlays import Chosen, DrawSettings, choose, draw
-from pipelines.predict import READ_THREADS, SCHEMA_VERSION, PredictSettings, model_pool, predict_chunks
+from pipelines.predict import (
+    READ_THREADS,
+    SCHEMA_VERSION,
+    ModelPool,
+    PredictSettings,
+    model_pool,
+    predict_chunks,
+)
 from pipelines.predict_folder import (
     MANIFEST,
     OVERLAYS,
@@ -243,10 +250,11 @@ def _predict_missing(prepared: PreparedPrediction) -> _Made:
     made, run, numbers = _Made(), prepared.run, write_chunks(prepared.out, prepared.missing())
     if not numbers:
         return made
-    actors = _actors(run, len(numbers))
-    write_model(prepared.out, prepared.resolved.files)
     pool = model_pool(len(numbers), actors=run.actors, gpus_per_actor=run.gpus_per_actor)
-    threads = min(max(cluster_size().total("CPU") // actors, READ_THREADS), MOST_THREADS)
+    size = cluster_size()
+    _check_room(run, pool, size)
+    write_model(prepared.out, prepared.resolved.files)
+    threads = min(max(size.total("CPU") // pool.actors, READ_THREADS), MOST_THREADS)
     settings = PredictSettings(prepared.inputs.reader, prepared.out, prepared.options, threads)
     last = prepared.inputs.count - prepared.chunk_size * (prepared.chunks - 1)
     total = sum(last if number == prepared.chunks - 1 else prepared.chunk_size for number in numbers)
@@ -263,15 +271,12 @@ def _predict_missing(prepared: PreparedPrediction) -> _Made:
     return made
 
 
-def _actors(run: PredictRun, chunks: int) -> int:
-    """How many there will be. Raises ValueError for more than there is room for: Ray would wait for ever."""
-    size = cluster_size()
-    gpus = size.total("GPU") if run.gpus_per_actor else 0
-    room = int(gpus / run.gpus_per_actor + 1e-6) if gpus else size.total("CPU")
-    if (run.actors or 1) > room and not size.may_grow:
-        takes = f"{run.gpus_per_actor:g} GPUs" if gpus else "a CPU"
-        raise ValueError(f"--actors {run.actors or 1} of {takes} each, but Ray has {size}: ask for at most {room}")
-    return max(1, min(run.actors or room, chunks))
+def _check_room(run: PredictRun, pool: ModelPool, size: ClusterSize) -> None:
+    """Raise ValueError for more actors than there is room for: Ray would wait for ever."""
+    wanted = run.actors or 1
+    if wanted > pool.room and not size.may_grow:
+        takes = f"{pool.gpus_per_actor:g} GPUs" if pool.gpus_per_actor else "a CPU"
+        raise ValueError(f"--actors {wanted} of {takes} each, but Ray has {size}: ask for at most {pool.room}")
 
 
 def _about(prepared: PreparedPrediction) -> dict[str, Any]:

@@ -89,10 +89,8 @@ class PredictSettings:
     """That read, decode and resize"""
 
 
-def predict_chunks(
-    numbers: Sequence[int], settings: PredictSettings, pool: Mapping[str, Any]
-) -> Iterator[ChunkReceipt]:
-    """Predict chunks in a `model_pool`: their inputs and the model are on the storage. Receipts come as parts are
+def predict_chunks(numbers: Sequence[int], settings: PredictSettings, pool: ModelPool) -> Iterator[ChunkReceipt]:
+    """Predict chunks in a pool: their inputs and the model are on the storage. Receipts come as parts are
     finished, without their rejects. Raises what a user can mend as FileNotFoundError, PermissionError, ValueError;
     RuntimeError where a chunk's process dies again and again."""
     context = DataContext.get_current()
@@ -103,21 +101,37 @@ def predict_chunks(
         ChunkPredictor,
         fn_constructor_args=(settings, count_attempts()),
         batch_size=1,
-        **pool,
+        **pool.arguments,
     )
     for row in map(checked, receipts.iter_rows()):
         yield ChunkReceipt.from_json(row["receipt"])
 
 
-def model_pool(tasks: int, *, actors: int | None = None, gpus_per_actor: float = 1.0) -> dict[str, Any]:
-    """Arguments of `map_batches` for actors with a model: by default as many as there are GPUs for, or a CPU each if
-    there are none; not more than tasks."""
+@dataclass(frozen=True)
+class ModelPool:
+    """Actors with a model each."""
+
+    actors: int
+    gpus_per_actor: float
+    """0: a CPU each"""
+    room: int
+    """How many the running Ray has resources for"""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of `map_batches`."""
+        # by default the first actor that is there takes several tasks, which then wait while others have nothing to do
+        strategy = ActorPoolStrategy(size=self.actors, max_tasks_in_flight_per_actor=1)
+        resources = {"num_gpus": self.gpus_per_actor} if self.gpus_per_actor else {"num_cpus": 1}
+        return {"compute": strategy, **resources}
+
+
+def model_pool(tasks: int, *, actors: int | None = None, gpus_per_actor: float = 1.0) -> ModelPool:
+    """By default as many actors as there are GPUs for, or a CPU each if there are none; not more than tasks."""
     resources = ray.cluster_resources()
     gpus = resources.get("GPU", 0) if gpus_per_actor else 0
-    most = int(gpus / gpus_per_actor + 1e-6) if gpus else int(resources.get("CPU", 1))
-    # by default the first actor that is there takes several tasks, which then wait while the others have nothing to do
-    pool = ActorPoolStrategy(size=max(1, min(actors or most, tasks)), max_tasks_in_flight_per_actor=1)
-    return {"compute": pool, "num_gpus": gpus_per_actor} if gpus else {"compute": pool, "num_cpus": 1}
+    room = int(gpus / gpus_per_actor + 1e-6) if gpus else int(resources.get("CPU", 0))
+    return ModelPool(max(1, min(actors or room, tasks)), gpus_per_actor if gpus else 0, room)
 
 
 def place_model(model: MaskRCNN) -> MaskRCNN:

@@ -75,7 +75,7 @@ def _run(shards: list[int], files: ModelFiles, dataset: ShardDataset, store: Sto
         ShardProposer,
         fn_constructor_args=(ray.put(dict(files)), dataset, store),
         batch_size=1,
-        **model_pool(len(shards)),
+        **model_pool(len(shards)).arguments,
     )
     infos = [ShardInfo(**json.loads(row["receipt"])) for row in receipts.iter_rows()]
     return {info.name: info for info in infos}
