@@ -79,7 +79,7 @@ def predict(
     Args:
         model: models:/NAME@ALIAS, models:/NAME/VERSION or a model's folder.
         images: URI of a folder of images, of a .txt file with a URI a line, or of a folder of shards.
-        out: URI of a folder for predictions/*.parquet, rejects.parquet, manifest.json, and overlays/.
+        out: URI of a folder for predictions/*.parquet, rejects.parquet, manifest.json, report.html and overlays/.
         options: What the predictions depend on.
         run: How they are made, and what else of them.
         cpus: CPUs of the Ray that is started on this machine; by default all.

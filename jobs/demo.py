@@ -110,4 +110,5 @@ def _print_summary(shell: _Shell, folder: Path, seconds: float) -> None:
         print(f"  {kind + ' AP':<12}{metrics[kind]['AP']:>8.3f}   AP50 {metrics[kind]['AP50']:.3f}")
     print(f"\n  overlays     {folder / 'predictions' / 'overlays'}")
     print(f"  predictions  {folder / 'predictions'}")
+    print(f"  report       {folder / 'predictions' / 'report.html'}")
     print(f"  MLflow UI    {ui}")

@@ -2,8 +2,8 @@
 
 A plan says what a prediction is: the digests of its model and of its inputs, and the options that its bytes depend on.
 A folder with another plan is refused; in one with the same, only what is missing is computed (pipelines/predict.py,
-pipelines/predict_folder.py). manifest.json is written when all is there; pictures and the COCO results are made from
-what is finished.
+pipelines/predict_folder.py). manifest.json is written when all is there; pictures, the report and the COCO results are
+made from what is finished.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from pipelines.predict_folder import (
     OVERLAYS,
     PARTS,
     REJECTS_FILE,
+    REPORT,
     RESULTS_FILE,
     Plan,
     check_free,
@@ -50,6 +51,7 @@ from pipelines.predict_folder import (
 )
 from pipelines.predict_options import PredictOptions, PredictRun
 from pipelines.predictor import load_predictor
+from pipelines.report import write_report
 from pipelines.stages import Stopwatch, describe
 from pipelines.storage import Store, open_store
 
@@ -91,6 +93,7 @@ class PredictSummary:
         lines += [f"rejected images: {count} x {reason}" for reason, count in self.rejects_by_reason.items()]
         files = [f"{PARTS}/*.parquet", REJECTS_FILE, MANIFEST, *([RESULTS_FILE] if self.has_coco_results else [])]
         lines.append(f"{self.out}: {', '.join(files)}")
+        lines.append(f"{self.out}/{REPORT}: what was found, as a web page with pictures")
         if self.overlays:
             lines.append(f"{self.out}/{OVERLAYS}: {self.overlays} pictures")
         return "\n".join(lines)
@@ -225,6 +228,8 @@ def run_prediction(prepared: PreparedPrediction) -> PredictSummary:
     manifest = read_json(out, MANIFEST)
     drawn = DrawSettings(prepared.inputs.reader, out, prepared.categories, prepared.options.max_pixels)
     overlays = draw(prepared.chosen, drawn) if prepared.chosen else 0
+    if not out.exists(REPORT):
+        write_report(prepared.inputs, manifest, drawn, prepared.chosen)
     if prepared.run.coco_results and not out.exists(RESULTS_FILE):
         write_coco_results(out, [part["part"] for part in manifest["parts"]], manifest["totals"]["detections"])
     tidy(out)

@@ -17,8 +17,11 @@ from mrcnn.structures import Category, Detections
 MIN_SIDE = 800
 """Smaller images are enlarged until their longer side has this many pixels: labels are legible then."""
 MASK_OPACITY = 0.45
+DRAWN_SCORE = 0.5
+"""Least score of what is drawn, unless another is asked for"""
 
 Color = tuple[int, int, int]
+Rle = Mapping[str, Any]
 LEFT: Color = (255, 150, 0)
 RIGHT: Color = (0, 160, 255)
 """Of keypoints and limbs of the left_ and the right_ side; all others have their object's colour."""
@@ -29,7 +32,7 @@ class _Drawn:
     """One object in pixels of the image."""
 
     box: tuple[float, float, float, float]  # xyxy
-    mask: np.ndarray | None  # (H, W) bool
+    mask: Rle | None  # of the image; one at a time is a bitmap
     color: Color
     text: str
     keypoints: np.ndarray  # (points, 3): x, y as pixel numbers; 0 not there, 1 hidden, 2 visible
@@ -48,7 +51,7 @@ def draw_detections(
     detections: Detections,
     categories: Sequence[Category],
     *,
-    score_threshold: float = 0.5,
+    score_threshold: float = DRAWN_SCORE,
     keypoint_threshold: float = 0.05,
 ) -> np.ndarray:
     """The image with the detections of at least `score_threshold`, the best on top.
@@ -73,13 +76,15 @@ def draw_results(
     results: Sequence[Mapping[str, Any]],
     categories: Sequence[Category],
     *,
-    score_threshold: float = 0.5,
+    score_threshold: float = DRAWN_SCORE,
     keypoint_threshold: float = 0.05,
+    thumbnail: int | None = None,
 ) -> np.ndarray:
     """As `draw_detections`, of rows: each has `label`, `score`, `box` (xywh), `rle` and `keypoints` (x, y, score), the
-    last two None where there are none."""
+    last two None where there are none. A `thumbnail` has this many pixels on its longer side, and no labels."""
     kept = [each for each in results if each["score"] >= score_threshold]
-    return _draw(image, [_result(each, categories, keypoint_threshold) for each in reversed(kept)])
+    objects = [_result(each, categories, keypoint_threshold) for each in reversed(kept)]
+    return _draw(image, objects, thumbnail=thumbnail)
 
 
 def draw_instances(
@@ -99,7 +104,7 @@ def _detected(detections: Detections, i: int, categories: Sequence[Category], ke
     x1, y1, x2, y2 = detections.boxes[i].tolist()
     return _Drawn(
         box=(x1, y1, x2, y2),
-        mask=mask_utils.decode(detections.rles[i]).astype(bool) if has_mask else None,
+        mask=detections.rles[i] if has_mask else None,
         color=class_color(label),
         text=f"{categories[label - 1].name} {100 * float(detections.scores[i]):.0f}",
         keypoints=keypoints,
@@ -112,7 +117,7 @@ def _result(row: Mapping[str, Any], categories: Sequence[Category], keypoint_thr
     x, y, width, height = row["box"]
     return _Drawn(
         box=(x, y, x + width, y + height),
-        mask=mask_utils.decode(row["rle"]).astype(bool) if row["rle"] else None,
+        mask=row["rle"],
         color=class_color(row["label"]),
         text=f"{category.name} {100 * row['score']:.0f}",
         keypoints=_points(row["keypoints"], keypoint_threshold),
@@ -142,50 +147,55 @@ def _points(flat: Sequence[float] | None, score_threshold: float | None = None) 
     return points
 
 
-def _annotated_mask(segmentation: Mapping[str, Any] | None, size: tuple[int, int]) -> np.ndarray | None:
+def _annotated_mask(segmentation: Mapping[str, Any] | None, size: tuple[int, int]) -> Rle | None:
     if segmentation is None:
         return None
     if segmentation["polygons"]:
         rles = mask_utils.frPyObjects([list(map(float, p)) for p in segmentation["polygons"]], *size)
-        return mask_utils.decode(mask_utils.merge(rles)).astype(bool)
+        merged: Rle = mask_utils.merge(rles)
+        return merged
     rle = segmentation["rle"]
-    if rle is None:
-        return None
-    return mask_utils.decode({"size": list(rle["size"]), "counts": rle["counts"]}).astype(bool)
+    return None if rle is None else {"size": list(rle["size"]), "counts": rle["counts"]}
 
 
-def _draw(image: np.ndarray, objects: Sequence[_Drawn]) -> np.ndarray:
-    scale = max(1.0, MIN_SIDE / max(image.shape[:2]))
-    size = (round(image.shape[1] * scale), round(image.shape[0] * scale))  # width, height
-    canvas = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC) if scale > 1 else image.copy()
-    canvas = np.ascontiguousarray(canvas)
+def _draw(image: np.ndarray, objects: Sequence[_Drawn], *, thumbnail: int | None = None) -> np.ndarray:
+    longer = max(image.shape[:2])
+    scale = thumbnail / longer if thumbnail else max(1.0, MIN_SIDE / longer)
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))  # width, height
+    canvas = np.ascontiguousarray(cv2.resize(image, size, interpolation=_interpolation(scale)))
     line = max(1, round(max(size) / 600))
     for item in objects:
         if item.mask is not None:
-            _paint_mask(canvas, item, line)
+            _paint_mask(canvas, item.mask, item.color, scale, line)
     for item in objects:
         x1, y1, x2, y2 = (round(v * scale) for v in item.box)
         cv2.rectangle(canvas, (x1, y1), (x2 - 1, y2 - 1), item.color, line, cv2.LINE_AA)
     for item in objects:
         _paint_keypoints(canvas, item, scale, line)
-    for item, corner in _label_places(objects, scale, canvas.shape[:2]):
+    for item, corner in _label_places(objects, scale, canvas.shape[:2]) if not thumbnail else ():
         _paint_label(canvas, item, corner)
     return canvas
 
 
-def _paint_mask(canvas: np.ndarray, item: _Drawn, line: int) -> None:
-    """Blend the mask's colour in and draw its outline; enlarging the mask keeps its edge smooth."""
-    height, width = canvas.shape[:2]
-    assert item.mask is not None
-    soft = cv2.resize(item.mask.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    inside = soft >= 0.5
-    canvas[inside] = ((1 - MASK_OPACITY) * canvas[inside] + MASK_OPACITY * np.array(item.color, np.float32)).astype(
-        np.uint8
-    )
-    contours, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    dark = tuple(channel // 3 for channel in item.color)  # sets neighbours of one class apart
+def _interpolation(scale: float) -> int:
+    return cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+
+
+def _paint_mask(canvas: np.ndarray, rle: Rle, color: Color, scale: float, line: int) -> None:
+    """Blend the mask's colour in and draw its outline, looking at no more than the mask's own part of the image."""
+    x, y, width, height = (int(v) for v in mask_utils.toBbox(rle))
+    left, top = round(x * scale), round(y * scale)
+    part = canvas[top : round((y + height) * scale), left : round((x + width) * scale)]
+    if not part.size:
+        return
+    mask = np.ascontiguousarray(mask_utils.decode(rle)[y : y + height, x : x + width]) * np.uint8(255)
+    soft = cv2.resize(mask, part.shape[1::-1], interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    inside = soft >= 128  # enlarging the mask has kept its edge smooth
+    part[inside] = (1 - MASK_OPACITY) * part[inside] + MASK_OPACITY * np.array(color, np.float32)
+    contours, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(left, top))
+    dark = tuple(channel // 3 for channel in color)  # sets neighbours of one class apart
     cv2.drawContours(canvas, contours, -1, dark, line + 1, cv2.LINE_AA)
-    cv2.drawContours(canvas, contours, -1, item.color, line, cv2.LINE_AA)
+    cv2.drawContours(canvas, contours, -1, color, line, cv2.LINE_AA)
 
 
 def _paint_keypoints(canvas: np.ndarray, item: _Drawn, scale: float, line: int) -> None:
@@ -256,7 +266,7 @@ def _paint_label(canvas: np.ndarray, item: _Drawn, corner: tuple[int, int]) -> N
     cv2.putText(
         canvas,
         item.text,
-        (x + 3, y + text_height + 4),
+        (x + 3, y + text_height + 2),
         cv2.FONT_HERSHEY_SIMPLEX,
         font,
         ink,

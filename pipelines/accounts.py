@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +19,7 @@ from pipelines.records import (
     SourceData,
     by_reason,
     to_parquet,
+    without_particulars,
 )
 from pipelines.shard_task import Receipt
 from pipelines.storage import Store
@@ -109,8 +110,8 @@ def read_accounts(out: Store, totals: Totals) -> Accounts:
     return Accounts(**sums, rejects=rejects, rejected_annotations=lost)
 
 
-def _read(out: Store, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    return pq.read_table(io.BytesIO(out.read_bytes(name)), columns=columns)
+def _read(out: Store, name: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(out.read_bytes(name)))
 
 
 def _share(rejected: int, inputs: int, what: str) -> str:
@@ -125,7 +126,30 @@ def _breakdown(rejects: Sequence[Reject | RejectedAnnotation]) -> str:
 
 
 def reasons_in(out: Store, name: str) -> dict[str, int]:
-    """Counts by reason of a list of rejects that lies there."""
-    table = _read(out, name, ["stage", "reason"])
-    pairs: Iterable[tuple[str, str]] = zip(table["stage"].to_pylist(), table["reason"].to_pylist(), strict=True)
-    return by_reason(pairs)
+    """Counts by reason of a list of rejects that lies there, most frequent first."""
+    return {each.reason: each.count for each in rejected_in(out, name)}
+
+
+@dataclass
+class Rejected:
+    """All that was rejected for one reason."""
+
+    reason: str
+    """"stage: reason", without particulars"""
+    count: int = 0
+    examples: list[tuple[str, str]] = field(default_factory=list)
+    """URI and full reason of the first few"""
+
+
+def rejected_in(out: Store, name: str) -> list[Rejected]:
+    """What a list of rejects that lies there holds, most frequent reason first. The list is never in memory."""
+    found: dict[str, Rejected] = {}
+    with out.local_copy(name) as path, pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=["uri", "stage", "reason"]):
+            for uri, stage, reason in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                shared = without_particulars(stage, reason)
+                same = found.setdefault(shared, Rejected(shared))
+                same.count += 1
+                if len(same.examples) < EXAMPLES:
+                    same.examples.append((uri, reason))
+    return sorted(found.values(), key=lambda each: -each.count)

@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 from mrcnn.structures import Category
 from mrcnn.visualize import draw_results
 from pipelines.inputs import Input, Inputs, Picture, Reader
-from pipelines.predict_folder import OVERLAYS, part_name
+from pipelines.predict_folder import OVERLAYS, REPORT, part_name
 from pipelines.predict_options import PredictRun
 from pipelines.stages import Stopwatch
 from pipelines.storage import Store
 from pipelines.tasks import failing_in_words, run_tasks
-from pipelines.transforms import MAX_PIXELS, allow_pixels, encode, use_one_thread
+from pipelines.transforms import MAX_PIXELS, Pixels, allow_pixels, encode, use_one_thread
 
 Chosen = dict[int, list[Input]]
 """Images to draw, by their chunk's number"""
@@ -96,6 +96,8 @@ def draw(chosen: Chosen, settings: DrawSettings) -> int:
     missing = {number: [i for i in items if _is_missing(settings, i, there)] for number, items in chosen.items()}
     tasks = [{"name": part_name(n), "inputs": json.dumps(items)} for n, items in missing.items() if items]
     drawn = sum(len(items) for items in chosen.values()) - sum(len(items) for items in missing.values())
+    if tasks and settings.out.exists(REPORT):  # which does not show them
+        settings.out.remove(REPORT)
     for row in run_tasks(partial(draw_chunk, settings=settings), tasks) if tasks else ():
         drawn += row["drawn"]
     return drawn
@@ -110,23 +112,41 @@ def draw_chunk(task: dict[str, Any], settings: DrawSettings) -> dict[str, Any]:
     """A task of Ray Data: {name of a part, inputs (JSON)} -> {drawn}."""
     use_one_thread()
     allow_pixels(settings.max_pixels)
-    items = [Input(*each) for each in json.loads(task["inputs"])]
-    pictures = ((item, settings.reader.read(item, Stopwatch())) for item in items)
-    found = {each.uri: (item, each) for item, each in pictures if isinstance(each, Picture)}
     drawn = 0
     with settings.out.local_copy(task["name"]) as path, pq.ParquetFile(path) as part:
-        for batch in part.iter_batches(batch_size=16):
-            for i in [i for i, uri in enumerate(batch["uri"].to_pylist()) if uri in found]:
-                (row,) = batch.slice(i, 1).to_pylist()
-                item, picture = found[row["uri"]]
-                _draw_one(settings, item, picture, row)
+        rows = PartRows(part)
+        for item in (Input(*each) for each in json.loads(task["inputs"])):
+            picture = settings.reader.read(item, Stopwatch())
+            row = rows.get(picture.uri)
+            if row is not None and isinstance(picture, Picture):
+                pixels = draw_row(picture, row, settings.categories)
+                settings.out.write_bytes(overlay_name(settings.reader, item), encode(pixels, "png"))
                 drawn += 1
     return {"drawn": drawn}
 
 
-def _draw_one(settings: DrawSettings, item: Input, picture: Picture, row: dict[str, Any]) -> None:
+class PartRows:
+    """Rows of a part by the URI of their image. Only groups of rows that are asked for are read."""
+
+    def __init__(self, part: pq.ParquetFile) -> None:
+        self._part = part
+        groups = [part.read_row_group(i, columns=["uri"])["uri"].to_pylist() for i in range(part.num_row_groups)]
+        self._places = {uri: (group, i) for group, uris in enumerate(groups) for i, uri in enumerate(uris)}
+
+    def get(self, uri: str) -> dict[str, Any] | None:
+        """The row of an image; None where it has none: it was rejected."""
+        if uri not in self._places:
+            return None
+        group, i = self._places[uri]
+        (row,) = self._part.read_row_group(group).slice(i, 1).to_pylist()
+        return dict(row)
+
+
+def draw_row(
+    picture: Picture, row: dict[str, Any], categories: Sequence[Category], *, thumbnail: int | None = None
+) -> Pixels:
+    """An image with what was found in it, see `draw_results`."""
     pixels, size = picture.pixels, (row["height"], row["width"])
     if pixels.shape[:2] != size:  # stored in another size than its source's
         pixels = np.asarray(cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
-    drawn = draw_results(pixels, row["detections"], settings.categories)
-    settings.out.write_bytes(overlay_name(settings.reader, item), encode(drawn, "png"))
+    return draw_results(pixels, row["detections"], categories, thumbnail=thumbnail)

@@ -41,10 +41,11 @@ from pipelines.prefetch import prefetched
 from pipelines.records import Reject
 from pipelines.stages import WAITING, Stopwatch
 from pipelines.storage import Store
+from pipelines.tally import tally_part
 from pipelines.tasks import begin_or_explain, checked, count_attempts, failing_in_words
 from pipelines.transforms import allow_pixels
 
-SCHEMA_VERSION = 4  # of the parts; 4: rows in groups, and names of lists and shards
+SCHEMA_VERSION = 5  # of the folder; 4: rows in groups, and names of lists and shards; 5: the manifest has tallies
 READ_THREADS = 2
 READ_AHEAD = 4  # decoded images in memory
 ROWS_A_GROUP = 64  # of a part: what is in memory before it is written
@@ -196,7 +197,7 @@ class ChunkPredictor:
         with out.new_file(part_name(chunk.number)) as path:
             with pq.ParquetWriter(path, PREDICTIONS, compression="zstd") as writer:
                 rows, detections = self._write(writer, self._answers(chunk, watch), rejects, watch)
-            size, closed = path.stat().st_size, time.perf_counter()
+            size, tally, closed = path.stat().st_size, tally_part(path), time.perf_counter()
         watch.add({"writing": time.perf_counter() - closed})
         check_sum("images", len(chunk.inputs), rows, len(rejects))
         receipt = ChunkReceipt(
@@ -206,6 +207,7 @@ class ChunkPredictor:
             size=size,
             rejects=len(rejects),
             versions_sha256=chunk.versions_sha256,
+            tally=tally,
             rejected=rejects,
             seconds=watch.seconds,
             wall=time.perf_counter() - begun,

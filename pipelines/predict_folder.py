@@ -3,8 +3,10 @@
 _progress/plan.json says which prediction, and is written first. _progress/model/ holds the model, _progress/chunks/ the
 inputs of the chunks that are missing, _progress/PART.json a chunk's receipt, written after its part. manifest.json is
 written when all are there and the sums are right; then _progress/ goes. Every file appears whole, so any process may be
-killed at any moment. Equal predictions write equal bytes, so of two at once neither spoils the other's parts; but the
-first to end removes what the other still needs, which then fails, and finds all finished when it is run again.
+killed at any moment. What is made of a finished prediction (overlays/, report.html, coco_results.json) comes after, and
+goes first where that is opened again. Equal predictions write equal bytes, so of two at once neither spoils the
+other's parts; but the first to end removes what the other still needs, which then fails, and finds all finished when it
+is run again.
 
 The driver holds a number for each finished chunk, and of the folder's listing names and sizes: some three files a
 chunk. Receipts and rejects pass one by one.
@@ -28,6 +30,7 @@ from pipelines.manifest import LostError, check_sum
 from pipelines.prefetch import prefetched
 from pipelines.records import REJECTS, Reject
 from pipelines.storage import Store
+from pipelines.tally import Tally
 
 MANIFEST = "manifest.json"
 PROGRESS = "_progress"
@@ -35,6 +38,7 @@ PLAN = f"{PROGRESS}/plan.json"
 MODEL = f"{PROGRESS}/model"
 REJECTS_FILE = "rejects.parquet"
 RESULTS_FILE = "coco_results.json"
+REPORT = "report.html"
 PARTS, OVERLAYS = "predictions", "overlays"
 THREADS, AHEAD = 16, 64  # small files, of which only the latency counts
 
@@ -53,6 +57,7 @@ class ChunkReceipt:
     rejects: int
     versions_sha256: str = ""
     """Of its files: where these have changed, the chunk is predicted again"""
+    tally: Tally = field(default_factory=Tally)
     rejected: list[Reject] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """That each stage took; empty of one that was read back from a manifest"""
@@ -70,12 +75,14 @@ class ChunkReceipt:
     def from_json(cls, text: str | bytes) -> ChunkReceipt:
         """The inverse of `to_json`."""
         content = json.loads(text)
-        return cls(**content | {"rejected": [Reject(**each) for each in content["rejected"]]})
+        rejected = [Reject(**each) for each in content["rejected"]]
+        return cls(**content | {"tally": Tally(**content["tally"]), "rejected": rejected})
 
     def lasting(self) -> dict[str, Any]:
         """What the manifest says of the part: nothing that another run would have otherwise."""
         names = ("rows", "rejects", "detections", "size", "versions_sha256")
-        return {"part": part_name(self.number), **{name: getattr(self, name) for name in names}}
+        kept = {name: getattr(self, name) for name in names}
+        return {"part": part_name(self.number), **kept, "tally": asdict(self.tally)}
 
 
 def part_name(number: int) -> str:
@@ -190,13 +197,14 @@ def _good_parts(manifest: Mapping[str, Any], sizes: Mapping[str, int], inputs: I
 def _open_again(out: Store, manifest: Mapping[str, Any], good: set[int]) -> None:
     """From here until the new manifest, the plan and the receipts say what the folder is."""
     out.write_bytes(PLAN, json.dumps(manifest["plan"]).encode())
+    for name in (RESULTS_FILE, REPORT):  # of what is to be predicted again
+        with suppress(FileNotFoundError):
+            out.remove(name)
+    out.remove_folder(OVERLAYS)
     receipts = (each for each in _receipts_of(out, manifest) if each.number in good) if good else iter(())
     for _ in prefetched(partial(write_receipt, out), receipts, threads=THREADS, ahead=AHEAD):
         pass
     out.remove(MANIFEST)
-    with suppress(FileNotFoundError):  # of what is to be predicted again
-        out.remove(RESULTS_FILE)
-    out.remove_folder(OVERLAYS)
 
 
 def _receipts_of(out: Store, manifest: Mapping[str, Any]) -> Iterator[ChunkReceipt]:
@@ -204,7 +212,9 @@ def _receipts_of(out: Store, manifest: Mapping[str, Any]) -> Iterator[ChunkRecei
     with out.local_copy(REJECTS_FILE) as path, pq.ParquetFile(path) as file:
         rejects = (Reject(**row) for batch in file.iter_batches() for row in batch.to_pylist())
         for number, part in enumerate(manifest["parts"]):
-            content = {name: value for name, value in part.items() if name != "part"}
+            content = {name: value for name, value in part.items() if name != "part"} | {
+                "tally": Tally(**part["tally"])
+            }
             yield ChunkReceipt(number, **content, rejected=[next(rejects) for _ in range(part["rejects"])])
 
 
@@ -245,13 +255,14 @@ def conclude(out: Store, plan: Plan, about: Mapping[str, Any], *, images: int, c
 
     Raises LostError where parts and rejects are not all that there is to be.
     """
-    parts = []
+    parts, tally = [], Tally()
     read = prefetched(partial(receipt_if_there, out), range(chunks), threads=THREADS, ahead=AHEAD)
     with out.new_file(REJECTS_FILE) as path, pq.ParquetWriter(path, REJECTS) as writer:
         for receipt in read:
             if receipt is None:
                 break
             parts.append(receipt.lasting())
+            tally += receipt.tally
             if receipt.rejected:
                 writer.write_table(pa.Table.from_pylist([asdict(each) for each in receipt.rejected], schema=REJECTS))
     read.close()
@@ -260,8 +271,14 @@ def conclude(out: Store, plan: Plan, about: Mapping[str, Any], *, images: int, c
         raise LostError(f"{out.uri}: parts are not as they were written: run the same command again")
     totals = {name: sum(part[name] for part in parts) for name in ("rows", "rejects", "detections")}
     check_sum("images", images, totals["rows"], totals["rejects"])
-    content = {"plan": plan, **about, "totals": {"images": images, **totals}, "parts": parts}
-    out.write_bytes(MANIFEST, json.dumps(content, indent=1).encode())
+    content = {"plan": plan, **about, "totals": {"images": images, **totals}, "tally": asdict(tally)}
+    out.write_bytes(MANIFEST, _to_json(content, parts).encode())
+
+
+def _to_json(content: Mapping[str, Any], parts: Iterable[Mapping[str, Any]]) -> str:
+    """The manifest, with a line for each part."""
+    lines = ",\n  ".join(json.dumps(part) for part in parts)
+    return f'{json.dumps(content, indent=1)[:-2]},\n "parts": [\n  {lines}\n ]\n}}\n'
 
 
 def tidy(out: Store) -> None:

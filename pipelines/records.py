@@ -139,8 +139,13 @@ class SourceData:
 
 
 def by_reason(stages_and_reasons: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """Counts of "stage: reason", the particulars after the colon left out; most frequent first."""
-    return dict(Counter(f"{stage}: {reason.split(':')[0]}" for stage, reason in stages_and_reasons).most_common())
+    """Counts of "stage: reason" without particulars, most frequent first."""
+    return dict(Counter(without_particulars(*each) for each in stages_and_reasons).most_common())
+
+
+def without_particulars(stage: str, reason: str) -> str:
+    """ "stage: reason", what follows the reason's first colon left out."""
+    return f"{stage}: {reason.split(':')[0]}"
 
 
 def to_parquet(rejects: Sequence[Reject | RejectedAnnotation], schema: pa.Schema) -> bytes:

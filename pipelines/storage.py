@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
@@ -30,6 +30,7 @@ from pipelines.storage_errors import (
 # Bytes, S3's bound. Parts of a larger file would stay, unseen but paid for, when their writer dies.
 SINGLE_PUT = 5 * 2**30
 DELETED_AT_ONCE = 1000  # S3's bound
+CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".png": "image/png"}  # browsers show them, and save others
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Store:
                 part.write_bytes(data)
                 rename(part, self.path / name)
         else:
-            self._call("pipe_file", name, data)
+            content_type = CONTENT_TYPES.get(PurePosixPath(name).suffix) if self.uri.startswith("s3://") else None
+            self._call("pipe_file", name, data, **({"ContentType": content_type} if content_type else {}))
 
     def create_bytes(self, name: str, data: bytes) -> bool:
         """Write a whole small file unless there is one already; whether it was written. One of many writers wins."""

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def test_imports_point_one_way(room: str) -> None:
         assert not imports & FORBIDDEN[room], file
         for package, allowed in ONLY_IN.items():
             assert package not in imports or file.name in allowed, f"{file} imports {package}"
+
+
+def test_files_beside_the_code_are_in_a_wheel() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for room in FORBIDDEN:
+        found = {path for path in (ROOT / room).rglob("*") if path.is_file()}
+        built = {path for path in found if path.suffix in (".py", ".pyc", ".so") or "csrc" in path.parts}
+        declared = {path for pattern in settings["package-data"].get(room, ()) for path in (ROOT / room).glob(pattern)}
+        assert found - built == declared, room
 
 
 def test_infra_has_no_python() -> None:

@@ -17,7 +17,7 @@ from models import SMALL
 from pycocotools import mask as coco_mask
 
 from jobs.evaluate import judge_rows, metrics_of
-from jobs.predict import PredictSummary, predict
+from jobs.predict import PredictSummary, predict, prepare, run_prediction
 from mrcnn import InputConfig, MaskRCNN, load_model, save_model
 from mrcnn.evaluation import evaluate_coco
 from pipelines.dataset import ShardDataset
@@ -143,6 +143,33 @@ def test_the_first_images_are_drawn(first: tuple[PredictSummary, Path]) -> None:
     assert min(max(cv2.imread(str(p)).shape) for p in pictures) >= 800
 
 
+def test_the_report_shows_all_of_it(first: tuple[PredictSummary, Path]) -> None:
+    """tests/pipelines/test_report.py looks closer."""
+    page = (first[1] / "report.html").read_text()
+    assert f"<dt>Detections</dt><dd>{first[0].detections:,} " in page
+    assert page.count("<img ") == IMAGES - 1
+    assert page.count('<a class="picture" href="overlays/') == 3
+    assert f"{first[1]}/report.html: what was found, as a web page with pictures" in str(first[0])
+
+
+def test_the_report_alone_is_made_without_ray_and_again_for_more_pictures(
+    first: tuple[PredictSummary, Path], model: str, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(first[1], out)
+    before = snapshot(out)
+    (out / "report.html").unlink()
+    prepared = prepare(model, str(images), str(out))
+    assert not prepared.needs_ray
+    run_prediction(prepared)
+    assert snapshot(out) == before
+    written = (out / "report.html").stat().st_mtime_ns
+    predict(model, str(images), str(out), run=DRAWN)
+    assert (out / "report.html").stat().st_mtime_ns == written, "it was finished"
+    predict(model, str(images), str(out), run=replace(DRAWN, overlays=5))
+    assert (out / "report.html").read_text().count('<a class="picture" href="overlays/') == 5
+
+
 def test_again_computes_only_what_is_missing(
     first: tuple[PredictSummary, Path], model: str, images: Path, tmp_path: Path
 ) -> None:
@@ -196,8 +223,8 @@ def test_a_file_that_has_changed_is_predicted_again_with_its_chunk_alone(
     assert (again.images_made, again.rejects_by_reason) == (2, {})
     after = snapshot(out)
     different = {name for name in before if before[name] != after.get(name)}
-    assert different <= {"manifest.json", "rejects.parquet", "coco_results.json", "predictions/part-00001.parquet"}
-    assert {"manifest.json", "rejects.parquet", "predictions/part-00001.parquet"} <= different
+    always = {"manifest.json", "rejects.parquet", "report.html", "predictions/part-00001.parquet"}
+    assert always <= different <= always | {"coco_results.json"}
     assert not store.exists(receipt_name(0))
 
 
@@ -246,6 +273,7 @@ def test_from_bucket_to_bucket(
     assert table["detections"].equals(local["detections"])
     assert table["uri"][0].as_py().startswith(f"{s3}/predict/in/")
     assert sum(name.startswith("overlays/") for name in store.list()) == 1
+    assert store.read_bytes("report.html").count(b"<img ") == IMAGES - 1
 
 
 def test_a_list_and_the_images_of_it_that_cannot_be_read(
@@ -274,6 +302,7 @@ def test_shards_are_predicted_in_pixels_of_their_sources(
     dataset = ShardDataset(toy_shards)
     summary = predict(model, toy_shards, str(tmp_path), run=PredictRun(overlays=2, coco_results=True))
     assert (summary.images, summary.overlays) == (len(dataset), 2)
+    assert (tmp_path / "report.html").read_text().count("<img ") == len(dataset)
     judged = judge_rows(load_model(model), dataset, range(len(dataset)))
     rows = pq.read_table(tmp_path / "predictions").to_pylist()
     assert [row["image_id"] for row in rows] == [row.image["id"] for row in judged]

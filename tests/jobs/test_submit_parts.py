@@ -150,9 +150,9 @@ def test_absolute_paths_are_said_and_uris_pass() -> None:
 def test_the_code_is_sent_and_nothing_else(operators: bool) -> None:
     with ship.staged_code(operators=operators) as folder:
         files = {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
-    assert {"jobs/cli.py", "mrcnn/model.py", "mrcnn/ops/nms.py", "pipelines/sources/coco.py"} <= files
+    assert {"jobs/cli.py", "mrcnn/model.py", "mrcnn/ops/nms.py", "pipelines/report.html.jinja"} <= files
     assert ("mrcnn/ops/_C.abi3.so" in files) == operators
-    assert {Path(file).suffix for file in files} <= {".py", ".so"}
+    assert {Path(file).suffix for file in files} <= {".py", ".so", ".jinja"}
 
 
 def test_the_commit_travels_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:

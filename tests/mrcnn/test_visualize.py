@@ -8,7 +8,7 @@ import torch
 from pycocotools import mask as coco_mask
 
 from mrcnn.structures import Category, Detections
-from mrcnn.visualize import LEFT, MIN_SIDE, RIGHT, class_color, draw_detections, draw_instances
+from mrcnn.visualize import LEFT, MIN_SIDE, RIGHT, class_color, draw_detections, draw_instances, draw_results
 
 CATEGORIES = (Category(3, "cat"), Category(7, "a rather long name"), Category(9, "yak"))
 
@@ -114,6 +114,22 @@ def test_annotations_with_polygons_runs_and_without_masks() -> None:
 
 def instance(label: int, box: list[float], segmentation: object, *, iscrowd: bool = False) -> dict:
     return {"label": label, "box": box, "iscrowd": iscrowd, "segmentation": segmentation}
+
+
+@pytest.mark.parametrize("size", [(600, 800), (60, 80)])
+def test_a_thumbnail_has_its_size_and_no_labels(size: tuple[int, int]) -> None:
+    height, width = size
+    bitmap = np.zeros(size, np.uint8, order="F")
+    bitmap[height // 2 : 3 * height // 4, width // 4 : width // 2] = 1
+    rle = {"size": list(size), "counts": coco_mask.encode(bitmap)["counts"].decode()}
+    box = [width / 4, height / 2, width / 4, height / 4]
+    row = {"label": 1, "score": 0.9, "box": box, "rle": rle, "keypoints": None}
+    picture = draw_results(gray(*size), [row], CATEGORIES, thumbnail=160)
+    assert picture.shape == (120, 160, 3)
+    touched = changed(picture)
+    assert touched[62:88, 42:78].all()
+    assert not touched[:57].any(), "there would be the label"
+    assert not touched[93:].any()
 
 
 def test_classes_have_colors_of_their_own() -> None:

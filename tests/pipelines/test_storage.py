@@ -222,6 +222,21 @@ def test_a_large_file_is_one_upload(s3: str, monkeypatch: pytest.MonkeyPatch) ->
     assert store.size("file") == 120 * 2**20
 
 
+def test_a_page_on_s3_is_for_a_browser_to_show(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the store itself does not guess it of the name."""
+    store, types = open_store(f"{s3}/types"), []
+    call_s3 = type(store._fs)._call_s3
+
+    async def watched(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        types.append(kwargs.get("ContentType"))
+        return await call_s3(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(type(store._fs), "_call_s3", watched)
+    for name in ("report.html", "a.png", "part.parquet"):
+        store.write_bytes(name, b"")
+    assert types == ["text/html; charset=utf-8", "image/png", None]
+
+
 def test_a_file_that_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(str(tmp_path))
 
