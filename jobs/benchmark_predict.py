@@ -65,7 +65,7 @@ class PredictCase:
 
 CASES: dict[PredictBenchmarkName, PredictCase] = {
     "predict": PredictCase("R-50-FPN, 800 px", replace(PRESETS["r50_fpn"].model, num_classes=90), 1),
-    "predict-small": PredictCase("r18_fpn_small, 320 px", PRESETS["r18_fpn_small"].model, 6),
+    "predict-small": PredictCase("r18_fpn_small, 320 px", PRESETS["r18_fpn_small"].model, 4),
 }
 """R-50-FPN has torchvision's 90 classes. The small preset is built with torchvision's classes; it is converted as any
 torchvision model, so that RoIAlign, anchors and pasting are torchvision's in both."""
@@ -155,35 +155,32 @@ class _Benchmark:
         save_model(ours, folder / "model")
         self.few = SMALLEST_CHUNK * cpus
         self.further = self.few * case.further_chunks
-        counts = {"once": len(files), "short": self.few, "long": self.few + self.further}
+        counts = {"warm": 1, "short": self.few, "long": self.few + self.further}
         self.inputs = {name: copied(files, folder / name, count) for name, count in counts.items()}
 
     def run(self, repeats: int) -> PredictReport:
-        """Warm up with each image once, see that both find the same in it, then measure."""
-        self._ours("once")
-        self._loop()
-        same = check_same(*(json.loads((self.folder / who / RESULTS_FILE).read_text()) for who in ("ours", "peer")))
-        shorts, longs, loops = list[float](), list[float](), list[float]()
-        ours_stages, peer_stages = list[Seconds](), list[Seconds]()
+        """Warm up with an image, measure, and see that both have found the same."""
+        self._loop(1)
+        self._ours("warm")
+        loops = list[tuple[float, Seconds]]()
+        runs: dict[str, list[tuple[float, PredictSummary]]] = {"short": [], "long": []}
         for _ in range(repeats):
-            shorts.append(self._ours("short")[0])
-            seconds, stages = self._loop()
-            loops.append(seconds)
-            peer_stages.append(_each(stages, len(self.files)))
-            seconds, summary = self._ours("long")
-            longs.append(seconds)
-            ours_stages.append(_each(summary.stage_seconds, summary.images))
-        speed = self.further / (statistics.median(longs) - statistics.median(shorts))
+            for inputs, done in runs.items():
+                loops.append(self._loop(len(self.files)))
+                done.append(self._ours(inputs))
+        same = check_same(*self._results())
+        short, long = (statistics.median(seconds for seconds, _ in done) for done in runs.values())
+        speed, summaries = further_speed(short, long, self.further), [summary for _, summary in runs["long"]]
         return PredictReport(
             machine=machine_of(torch.device("cpu"), self.cpus) | {"ray": ray.__version__, "Pillow": PIL.__version__},
             what=self.case.what,
             images=len(self.files),
-            detections=summary.detections / summary.images,
+            detections=summaries[0].detections / summaries[0].images,
             ours=speed,
-            torchvision=len(self.files) / statistics.median(loops),
-            start=statistics.median(shorts) - self.few / speed,
-            ours_stages=_medians(ours_stages),
-            torchvision_stages=_medians(peer_stages),
+            torchvision=len(self.files) / statistics.median(seconds for seconds, _ in loops),
+            start=short - self.few / speed,
+            ours_stages=_of_an_image([each.stage_seconds for each in summaries], summaries[0].images),
+            torchvision_stages=_of_an_image([stages for _, stages in loops], len(self.files)),
             same=same,
             repeats=repeats,
         )
@@ -196,12 +193,27 @@ class _Benchmark:
         summary = predict(str(self.folder / "model"), str(self.inputs[inputs]), str(out), run=run)
         return time.perf_counter() - begun, summary
 
-    def _loop(self) -> tuple[float, Seconds]:
-        out = self.folder / "peer"
-        out.mkdir(exist_ok=True)
+    def _loop(self, images: int) -> tuple[float, Seconds]:
+        files = sorted(self.inputs["long"].iterdir())[:images]
         begun = time.perf_counter()
-        seconds = plain_loop(self.peer, sorted(self.inputs["once"].iterdir()), out / RESULTS_FILE, self.categories)
+        seconds = plain_loop(self.peer, files, self.folder / "peer.json", self.categories)
         return time.perf_counter() - begun, seconds
+
+    def _results(self) -> tuple[Results, Results]:
+        """Of each different image once; names of files are image ids, and count them."""
+        files = self.folder / "ours" / RESULTS_FILE, self.folder / "peer.json"
+        ours, theirs = (json.loads(file.read_text()) for file in files)
+        return [each for each in ours if each["image_id"] < len(self.files)], theirs
+
+
+def further_speed(short: float, long: float, further: int) -> float:
+    """Images a second of those that the long run has more. Raises RuntimeError where they seem to take no time."""
+    if long <= short:
+        raise RuntimeError(
+            f"{further} further images take {long - short:.1f} s: something else runs on this machine; "
+            "measure again, with more --repeats"
+        )
+    return further / (long - short)
 
 
 @torch.inference_mode()
@@ -286,9 +298,6 @@ def _is_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return both >= SAME_MASK * either
 
 
-def _each(seconds: Mapping[str, float], images: int) -> Seconds:
-    return {stage: seconds.get(stage, 0.0) / images for stage in STAGES}
-
-
-def _medians(rows: Sequence[Seconds]) -> Seconds:
-    return {stage: statistics.median(row[stage] for row in rows) for stage in STAGES}
+def _of_an_image(runs: Sequence[Mapping[str, float]], images: int) -> Seconds:
+    """Medians of several runs over so many images, for one of them."""
+    return {stage: statistics.median(seconds.get(stage, 0.0) for seconds in runs) / images for stage in STAGES}

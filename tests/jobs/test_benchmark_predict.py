@@ -24,6 +24,7 @@ from jobs.benchmark_predict import (
     PredictCase,
     PredictReport,
     check_same,
+    further_speed,
     plain_loop,
     run_predict_benchmark,
 )
@@ -48,13 +49,16 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_benchmark_runs_and_reports(folder: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_predict, "SMALLEST_CHUNK", 2)
+    monkeypatch.setattr(benchmark_predict, "further_speed", lambda *runs: 2.0)
     threads = torch.get_num_threads()
     report = run_predict_benchmark("predict", str(folder), cpus=1, repeats=1, case=TINY)
     assert torch.get_num_threads() == threads
     assert (report.what, report.images, report.repeats) == ("tiny", 2, 1)
     assert report.detections >= 2
     assert report.same >= 0.97
+    assert (report.ours, report.ratio) == (2.0, 2.0 / report.torchvision)
     assert report.torchvision > 0
+    assert report.start > 0
     for stages in (report.ours_stages, report.torchvision_stages):
         assert list(stages) == list(STAGES)
         assert all(seconds > 0 for seconds in stages.values())
@@ -98,6 +102,12 @@ def test_the_small_model_is_the_presets() -> None:
     assert (ours.backbone.name, ours.backbone.norm, ours.backbone.fpn_norm) == ("resnet18", "gn", "gn")
     assert (ours.backbone.fpn_channels, ours.roi.box_channels, ours.mask.channels) == (128, 512, 128)
     assert (ours.roi.aligned, ours.mask.paste, ours.input.resize) == (False, "padded", "bilinear")
+
+
+def test_only_further_images_count() -> None:
+    assert further_speed(30.0, 50.0, 10) == 0.5
+    with pytest.raises(RuntimeError, match=r"10 further images take -1\.0 s"):
+        further_speed(30.0, 29.0, 10)
 
 
 def results(count: int) -> list[dict[str, Any]]:
