@@ -47,6 +47,7 @@ MOST = 256  # images that are taken from a folder
 COPIES = 24  # of them that the long run of a pipeline has more than the short one
 ROWS = 128  # of a shard
 SHORT_SHARDS = 2  # of the short run, for each CPU
+PIPELINE_REPEATS = 3
 SAMPLE_SECONDS = 0.1
 ENCODINGS: tuple[Encoding, ...] = ("raw", "jpeg")
 
@@ -266,12 +267,12 @@ def _pipelines(once: Path, often: Path, folder: Path, *, cpus: int, further: int
 def _pipeline(
     what: str, run: Callable[[Path, Path], object], sources: tuple[Path, Path], out: Path, *, cpus: int, further: int
 ) -> Rate:
-    _seconds(run, sources[0], out)  # warms up
-    short, short_cpu = _seconds(run, sources[0], out)
-    with _peak_of_workers() as peak:
-        long, long_cpu = _seconds(run, sources[1], out)
+    with _peak_of_workers() as peak:  # not while it is timed: to look into all processes takes a third of a CPU
+        _seconds(run, sources[1], out)
+    turns = [(_seconds(run, sources[0], out), _seconds(run, sources[1], out)) for _ in range(PIPELINE_REPEATS)]
     shutil.rmtree(out)
-    return Rate(what, further / cpus / (long - short), further / (long_cpu - short_cpu), peak[0] / 1e6)
+    seconds, cpu_seconds = (statistics.median(long[i] - short[i] for short, long in turns) for i in range(2))
+    return Rate(what, further / cpus / seconds, further / cpu_seconds, peak[0] / 1e6)
 
 
 def _build_raw(images: Path, out: Path) -> None:

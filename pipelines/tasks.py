@@ -15,7 +15,7 @@ from ray.data import DataContext
 
 AHEAD = 64  # tasks a CPU is given at once: what the driver holds a second time, and Ray's object store a third
 TRIES = 4  # of a task whose process dies
-TOGETHER = 8  # tasks that one process does without a pause, at most
+TOGETHER = 16  # tasks that one process does without a pause, at most
 FAILURES: dict[str, type[Exception]] = {
     error.__name__: error for error in (PermissionError, FileNotFoundError, ValueError, RuntimeError)
 }
@@ -47,7 +47,7 @@ def _together(tasks: Sequence[Task], cpus: int) -> Iterator[Sequence[Task]]:
     0.1 s for who has ended. Fewer of them towards the end, where one CPU would else have work left and others none."""
     start = 0
     while start < len(tasks):
-        count = min(max((len(tasks) - start) // (2 * cpus), 1), TOGETHER)
+        count = min(max((len(tasks) - start) // cpus, 1), TOGETHER)
         yield tasks[start : start + count]
         start += count
 
