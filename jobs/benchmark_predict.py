@@ -2,7 +2,7 @@
 
 The same weights (jobs/benchmark_peers.py) look at the same JPEGs, and both write COCO results, which have to be the
 same. The loop is what one writes first: Pillow, the model, its pasting, pycocotools, one image after the other in this
-process, whose threads use as many CPUs as ours. Ours is the command itself with an actor on each CPU, on few images and
+process, with as many threads as ours has CPUs. Ours is the command itself with an actor on each CPU, on few images and
 on more: the time between the two is that of the further images; what its processes take to start is told beside it.
 """
 
@@ -67,8 +67,8 @@ CASES: dict[PredictBenchmarkName, PredictCase] = {
     "predict": PredictCase("R-50-FPN, 800 px", replace(PRESETS["r50_fpn"].model, num_classes=90), 1),
     "predict-small": PredictCase("r18_fpn_small, 320 px", PRESETS["r18_fpn_small"].model, 4),
 }
-"""R-50-FPN has torchvision's 90 classes. The small preset is built with torchvision's classes; it is converted as any
-torchvision model, so that RoIAlign, anchors and pasting are torchvision's in both."""
+"""R-50-FPN has torchvision's 90 classes. torchvision can be told all of the small preset's architecture; from there it is
+converted as any model of torchvision's, so that resizing, anchors, RoIAlign and pasting are torchvision's in both."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class PredictReport:
     start: float
     """Seconds that ours takes before and after its images, whatever their number, in a Ray that runs"""
     ours_stages: Seconds
-    """An image, in an actor, of which one runs on each CPU"""
+    """An image, in an actor, of which one runs on each CPU; decoding and masks, which are made beside the model, in CPU
+    seconds"""
     torchvision_stages: Seconds
     """An image, in the loop, which has all CPUs; decoding includes the resizing of both"""
     same: float
