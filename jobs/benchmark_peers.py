@@ -31,7 +31,7 @@ NORMS: dict[str, Callable[[int], nn.Module] | None] = {
     "gn": partial(nn.GroupNorm, 32),
 }
 
-# Of what `find_objects` gives: logits, and deltas of boxes as the layers have them (BOX_STD is a fifth of a box's side)
+# Of the outputs that `find_objects` makes; a delta of 2 moves a box by a fifth of its side
 OBJECTNESS_STD, PROPOSAL_STD, LOGIT_STD, BOX_STD = 1.0, 0.4, 3.0, 2.0
 MASK_STD, MASK_MEAN = 1.0, 1.5
 CANDIDATES = 50
