@@ -67,8 +67,8 @@ CASES: dict[PredictBenchmarkName, PredictCase] = {
     "predict": PredictCase("R-50-FPN, 800 px", replace(PRESETS["r50_fpn"].model, num_classes=90), 1),
     "predict-small": PredictCase("r18_fpn_small, 320 px", PRESETS["r18_fpn_small"].model, 4),
 }
-"""R-50-FPN has torchvision's 90 classes. torchvision's parts make up the small preset, too; it is converted as any model
-of torchvision's, so that resizing, anchors, RoIAlign and pasting are torchvision's in both."""
+"""R-50-FPN has torchvision's 90 classes. torchvision's parts make up the small preset, too; it is converted as any
+model of torchvision's, so that resizing, anchors, RoIAlign and pasting are torchvision's in both."""
 
 
 @dataclass(frozen=True)
