@@ -1,6 +1,6 @@
 """Memory of `mrcnn predict` over many small images: the curve of all its processes.
 
-    PYTHONPATH=tests python tests/scripts/measure_predict_memory.py OUT [IMAGES]
+    PYTHONPATH=.:tests python tests/scripts/measure_predict_memory.py OUT [IMAGES]
 
 Not a test: 20,000 images take many minutes on two cores. OUT gets the images, a tiny model with random weights, and the
 predictions. Memory is proportional set size: what processes share counts once among them.
