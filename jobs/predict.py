@@ -228,11 +228,11 @@ def run_prediction(prepared: PreparedPrediction) -> PredictSummary:
     manifest = read_json(out, MANIFEST)
     drawn = DrawSettings(prepared.inputs.reader, out, prepared.categories, prepared.options.max_pixels)
     overlays = draw(prepared.chosen, drawn) if prepared.chosen else 0
-    if not out.exists(REPORT):
-        write_report(prepared.inputs, manifest, drawn, prepared.chosen)
     if prepared.run.coco_results and not out.exists(RESULTS_FILE):
         write_coco_results(out, [part["part"] for part in manifest["parts"]], manifest["totals"]["detections"])
     tidy(out)
+    if not out.exists(REPORT):
+        write_report(prepared.inputs, manifest, drawn)
     return PredictSummary(
         model=prepared.resolved.version or prepared.resolved.uri,
         out=out.uri,

@@ -6,6 +6,7 @@ import hashlib
 import heapq
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -92,19 +93,21 @@ def _named(inputs: Inputs, names: Sequence[str], size: int) -> list[tuple[int, I
 def draw(chosen: Chosen, settings: DrawSettings) -> int:
     """Draw the pictures that are missing, a task for each chunk that has some. Returns how many are there now: none of
     images that were rejected."""
-    there = {name for name, _ in settings.out.join(OVERLAYS).entries()}
-    missing = {number: [i for i in items if _is_missing(settings, i, there)] for number, items in chosen.items()}
+    there = overlays_there(settings.out)
+    missing = {
+        number: [item for item in items if overlay_name(settings.reader, item) not in there]
+        for number, items in chosen.items()
+    }
     tasks = [{"name": part_name(n), "inputs": json.dumps(items)} for n, items in missing.items() if items]
     drawn = sum(len(items) for items in chosen.values()) - sum(len(items) for items in missing.values())
-    if tasks and settings.out.exists(REPORT):  # which does not show them
-        settings.out.remove(REPORT)
     for row in run_tasks(partial(draw_chunk, settings=settings), tasks) if tasks else ():
         drawn += row["drawn"]
     return drawn
 
 
-def _is_missing(settings: DrawSettings, item: Input, there: set[str]) -> bool:
-    return overlay_name(settings.reader, item).removeprefix(f"{OVERLAYS}/") not in there
+def overlays_there(out: Store) -> set[str]:
+    """Names of the pictures that are there, as of `overlay_name`."""
+    return {f"{OVERLAYS}/{name}" for name, _ in out.join(OVERLAYS).entries()}
 
 
 @failing_in_words
@@ -120,9 +123,17 @@ def draw_chunk(task: dict[str, Any], settings: DrawSettings) -> dict[str, Any]:
             row = rows.get(picture.uri)
             if row is not None and isinstance(picture, Picture):
                 pixels = draw_row(picture, row, settings.categories)
+                if not drawn:
+                    _forget_report(settings.out)
                 settings.out.write_bytes(overlay_name(settings.reader, item), encode(pixels, "png"))
                 drawn += 1
     return {"drawn": drawn}
+
+
+def _forget_report(out: Store) -> None:
+    """It does not show what is drawn now. Another task may have done so."""
+    with suppress(FileNotFoundError):
+        out.remove(REPORT)
 
 
 class PartRows:

@@ -8,8 +8,8 @@ goes first where that is opened again. Equal predictions write equal bytes, so o
 other's parts; but the first to end removes what the other still needs, which then fails, and finds all finished when it
 is run again.
 
-The driver holds a number for each finished chunk, and of the folder's listing names and sizes: some three files a
-chunk. Receipts and rejects pass one by one.
+The driver holds a number for each finished chunk, of the folder's listing names and sizes, some three files a chunk,
+and at the end what the manifest says of each part. Rejects pass chunk by chunk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """report.html of a finished prediction: one file that shows in any browser what was found, and needs nothing else.
 
-It depends on the plan, the model and the images alone, never on the folder it lies in or on how long anything took: a
-prediction that was killed and went on has the report of one that was not.
+It depends on the plan, the model, the images and which overlays there are, never on the folder it lies in or on how
+long anything took: a prediction that was killed and went on has the report of one that was not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mrcnn.structures import Category
 from mrcnn.visualize import DRAWN_SCORE, class_color
 from pipelines.accounts import rejected_in
 from pipelines.inputs import Inputs, ShardInputs
-from pipelines.overlays import Chosen, DrawSettings
+from pipelines.overlays import DrawSettings, overlays_there
 from pipelines.predict_folder import MANIFEST, OVERLAYS, PARTS, REJECTS_FILE, REPORT
 from pipelines.records import printable
 from pipelines.tally import SCORE_BINS
@@ -47,15 +47,16 @@ class Bar:
         return f"{100 * self.count / self.top:.2f}" if self.top else "0"
 
 
-def write_report(inputs: Inputs, manifest: Manifest, settings: DrawSettings, chosen: Chosen) -> None:
-    """Write the report of a finished prediction into its folder. `chosen` are the images that were drawn."""
-    shown = images_to_show(inputs, chosen, manifest["plan"]["chunk_size"])
+def write_report(inputs: Inputs, manifest: Manifest, settings: DrawSettings) -> None:
+    """Write the report of a finished prediction into its folder. Raises as `make_thumbnails`."""
+    there = overlays_there(settings.out)
+    shown = images_to_show(inputs, there, manifest["plan"]["chunk_size"])
     page = render(
         manifest,
         categories=settings.categories,
         source=_where(inputs),
         rejected=rejected_in(settings.out, REJECTS_FILE),
-        thumbnails=make_thumbnails(shown, settings),
+        thumbnails=make_thumbnails(shown, there, settings),
     )
     settings.out.write_bytes(REPORT, printable(page).encode())
 

@@ -116,7 +116,7 @@ def failing_in_words(function: Callable[..., Task]) -> Callable[..., Task]:
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Task:
         try:
-            return {**function(*args, **kwargs), "failure": "", "message": ""}
+            return {"failure": "", "message": "", **function(*args, **kwargs)}
         except (ValueError, OSError) as error:
             kind = next((name for name, kind in FAILURES.items() if isinstance(error, kind)), ValueError.__name__)
             return {"failure": kind, "message": str(error)}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
 from typing import Any
 
 import cv2
@@ -18,11 +17,12 @@ import simplejpeg
 from mrcnn.visualize import DRAWN_SCORE
 from pipelines.inputs import Input, Inputs, Picture
 from pipelines.overlays import Chosen, DrawSettings, PartRows, draw_row, overlay_name
-from pipelines.predict_folder import OVERLAYS, part_name
+from pipelines.predict_folder import part_name
 from pipelines.prefetch import prefetched
 from pipelines.records import Reject
 from pipelines.stages import Stopwatch
-from pipelines.transforms import Pixels, allow_pixels
+from pipelines.storage_errors import UnreachableError, without_secrets
+from pipelines.transforms import MAX_PIXELS, Pixels, allow_pixels
 
 SPREAD = 24  # thumbnails, evenly over all inputs
 MOST_DRAWN = 48  # beside those, of the images that --overlays draws
@@ -37,7 +37,8 @@ class Thumbnail:
     """An image and what was found in it."""
 
     uri: str
-    detections: int
+    detections: int | None
+    """None where its row could not be told"""
     best: float
     """Score; 0 without detections"""
     drawn: tuple[tuple[int, int], ...]
@@ -52,41 +53,50 @@ class Thumbnail:
     """Why it could not be read"""
 
 
-def images_to_show(inputs: Inputs, chosen: Chosen, size: int) -> Chosen:
-    """Images that lie evenly over all, and the first of those that are `chosen` to be drawn, in the inputs' order.
-    `size` is a chunk's."""
+def images_to_show(inputs: Inputs, there: Collection[str], size: int) -> Chosen:
+    """Images that lie evenly over all, and the first of those of which there are overlays of these names, in the
+    inputs' order. `size` is a chunk's."""
     places = set(np.linspace(0, inputs.count - 1, SPREAD).astype(np.int64).tolist())
-    drawn = set(islice(chain.from_iterable(chosen[number] for number in sorted(chosen)), MOST_DRAWN))
+    left = min(len(there), MOST_DRAWN)
     shown: Chosen = {}
     for chunk in inputs.chunks(size):
         for place, item in enumerate(chunk.inputs, start=chunk.number * size):
-            if (place in places or item in drawn) and not item.fault:
+            if item.fault:
+                continue
+            is_drawn = left > 0 and overlay_name(inputs.reader, item) in there
+            left -= is_drawn
+            if is_drawn or place in places:
                 shown.setdefault(chunk.number, []).append(item)
     return shown
 
 
-def make_thumbnails(shown: Chosen, settings: DrawSettings) -> list[Thumbnail]:
-    """Of each image but those that were rejected. One that cannot be read any more says why."""
+def make_thumbnails(shown: Chosen, there: Collection[str], settings: DrawSettings) -> list[Thumbnail]:
+    """Of each image but those that were rejected. One that is gone says so; `there` are names of overlays.
+
+    Raises PermissionError or UnreachableError where the images' storage does not answer: it may later.
+    """
     allow_pixels(settings.max_pixels)
-    there = {f"{OVERLAYS}/{name}" for name, _ in settings.out.join(OVERLAYS).entries()}
-    made = prefetched(partial(_of_chunk, settings, there), shown.items(), threads=THREADS, ahead=THREADS)
+    threads = THREADS if settings.max_pixels <= MAX_PIXELS else 1  # of the largest images, one is in memory
+    made = prefetched(partial(_of_chunk, settings, there), shown.items(), threads=threads, ahead=threads)
     return [each for some in made for each in some]
 
 
-def _of_chunk(settings: DrawSettings, there: set[str], numbered: tuple[int, Sequence[Input]]) -> list[Thumbnail]:
+def _of_chunk(settings: DrawSettings, there: Collection[str], numbered: tuple[int, Sequence[Input]]) -> list[Thumbnail]:
     number, items = numbered
     with settings.out.local_copy(part_name(number)) as path, pq.ParquetFile(path) as part:
         rows = PartRows(part)
         return [made for item in items for made in _of_image(settings, there, item, rows)]
 
 
-def _of_image(settings: DrawSettings, there: set[str], item: Input, rows: PartRows) -> Iterator[Thumbnail]:
+def _of_image(settings: DrawSettings, there: Collection[str], item: Input, rows: PartRows) -> Iterator[Thumbnail]:
     overlay = overlay_name(settings.reader, item)
     overlay = overlay if overlay in there else ""
     try:
         picture = settings.reader.read(item, Stopwatch())
-    except (OSError, ValueError) as error:  # shards or a bucket that are gone: all is predicted none the less
-        yield Thumbnail(item.name, 0, 0.0, (), overlay, failure=str(error))
+    except UnreachableError:
+        raise
+    except (FileNotFoundError, ValueError) as error:  # shards or a bucket that are gone: all is predicted none the less
+        yield Thumbnail(without_secrets(item.name), None, 0.0, (), overlay, failure=str(error))
         return
     row = rows.get(picture.uri)
     if row is not None:

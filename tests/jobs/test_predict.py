@@ -168,6 +168,15 @@ def test_the_report_alone_is_made_without_ray_and_again_for_more_pictures(
     assert (out / "report.html").stat().st_mtime_ns == written, "it was finished"
     predict(model, str(images), str(out), run=replace(DRAWN, overlays=5))
     assert (out / "report.html").read_text().count('<a class="picture" href="overlays/') == 5
+    every = replace(DRAWN, overlays=IMAGES)  # one of them is broken, and has no picture
+    predict(model, str(images), str(out), run=every)
+    written = (out / "report.html").stat().st_mtime_ns
+    predict(model, str(images), str(out), run=every)
+    assert (out / "report.html").stat().st_mtime_ns == written, "nothing was drawn"
+    (out / "report.html").unlink()
+    run_prediction(prepare(model, str(images), str(out)))
+    shown = (out / "report.html").read_text().count('<a class="picture" href="overlays/')
+    assert shown == IMAGES - 1, "it shows what is there, whoever asked for it"
 
 
 def test_again_computes_only_what_is_missing(

@@ -141,8 +141,27 @@ def test_a_task_whose_process_dies_each_time_ends_the_build() -> None:
             os._exit(1)
         return task
 
+    names = [*"01", "deadly", *"34567"]  # with 2 CPUs, the first four together
+    came = list[str]()
+
+    def run_all() -> None:
+        for row in run_tasks(work, ({"name": name} for name in names)):
+            came.append(row["name"])
+
     with pytest.raises(RuntimeError, match="deadly: its process died 4 times"):
-        list(run_tasks(work, iter([{"name": "harmless"}, {"name": "deadly"}])))
+        run_all()
+    assert "0" in came, "it is before the deadly one"
+    assert len(set(came)) == len(came)
+
+
+def test_why_a_task_failed_is_what_it_says() -> None:
+    @failing_in_words
+    def work(task: Task) -> Task:
+        return {"receipt": "", **task}
+
+    told = {"failure": "RuntimeError", "message": "its process died 4 times"}
+    assert work({}) == {"receipt": "", "failure": "", "message": ""}
+    assert work(told) == {"receipt": "", **told}
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -13,19 +13,22 @@ from urllib.parse import unquote
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from browser import measure, show
 from predicted import detection, finish
 
 from mrcnn.structures import Category
 from pipelines.inputs import Picture, open_inputs
-from pipelines.overlays import DrawSettings, choose, draw_chunk
+from pipelines.overlays import DrawSettings, choose, draw_chunk, overlay_name
+from pipelines.predict import PREDICTIONS
 from pipelines.predict_folder import ChunkReceipt, claim, part_name, read_json
 from pipelines.predict_options import PredictRun
 from pipelines.report import class_bars, score_bars, size_bars, write_report
 from pipelines.storage import open_store
+from pipelines.storage_errors import UnreachableError
 from pipelines.tally import Tally, tally_part
-from pipelines.thumbnails import MOST_DRAWN, SPREAD, images_to_show
+from pipelines.thumbnails import MOST_DRAWN, SPREAD, images_to_show, make_thumbnails
 from pipelines.transforms import MAX_PIXELS
 
 EVIL = "<script>alert(1)</script>&\"'"
@@ -101,7 +104,7 @@ def report(images: str | Path, out: Path, run: PredictRun | None = None, **setti
     chosen = choose(inputs, run or PredictRun(), size)
     for number, items in chosen.items():
         draw_items(drawn, number, items)
-    write_report(inputs, manifest, drawn, chosen)
+    write_report(inputs, manifest, drawn)
     text = (out / "report.html").read_text()
     return Page(text), text
 
@@ -166,13 +169,14 @@ def test_pictures_are_spread_over_all_and_those_that_were_drawn(tmp_path: Path) 
     for name in names:
         (tmp_path / "in" / name).touch()
     inputs = open_inputs(str(tmp_path / "in"), max_pixels=MAX_PIXELS)
-    shown = images_to_show(inputs, {}, 16)
+    shown = images_to_show(inputs, set(), 16)
     found = [item.name for items in shown.values() for item in items]
     assert (len(found), found[0], found[-1], found) == (SPREAD, names[0], names[-1], sorted(found))
     gaps = np.diff([names.index(name) for name in found])
     assert gaps.max() - gaps.min() <= 1
     drawn = choose(inputs, PredictRun(overlays=100), 16)
-    more = [item.name for items in images_to_show(inputs, drawn, 16).values() for item in items]
+    there = {overlay_name(inputs.reader, item) for items in drawn.values() for item in items}
+    more = [item.name for items in images_to_show(inputs, there, 16).values() for item in items]
     assert more == sorted(set(found) | set(names[:MOST_DRAWN])), "at most so many: the page would be too large"
 
 
@@ -193,7 +197,7 @@ def test_an_image_that_is_gone_says_so_in_its_place(images: Path, tmp_path: Path
     inputs, store = open_inputs(str(tmp_path / "in"), max_pixels=MAX_PIXELS), open_store(str(tmp_path / "out"))
     manifest, drawn = finish(inputs, store, CATEGORIES, find)
     (tmp_path / "in" / "04.png").unlink()
-    write_report(inputs, manifest, drawn, {})
+    write_report(inputs, manifest, drawn)
     page = Page((tmp_path / "out/report.html").read_text())
     assert "Could not be read for this page: no such file 04.png 4 detections, best score 0.87" in page.text
     assert len(page.all("img")) == 9
@@ -211,10 +215,45 @@ def test_a_store_that_is_gone_leaves_a_page(images: Path, tmp_path: Path) -> Non
 
     inputs, store = open_inputs(str(images), max_pixels=MAX_PIXELS), open_store(str(tmp_path))
     manifest, drawn = finish(inputs, store, CATEGORIES, find)
-    write_report(inputs, manifest, replace(drawn, reader=Gone()), {})
+    write_report(inputs, manifest, replace(drawn, reader=Gone()))
     page = Page((tmp_path / "report.html").read_text())
     assert page.text.count("Could not be read for this page: there is no folder <shards>") == 12
     assert "Detections 45" in page.text
+    assert "09.png" in page.text
+    assert "0 detections" not in page.text, "nobody knows which row is the image's"
+
+
+@pytest.mark.parametrize("error", [UnreachableError, PermissionError])
+def test_a_store_that_does_not_answer_now_is_asked_again_later(images: Path, tmp_path: Path, error: Any) -> None:
+    class Away:
+        def picture_name(self, item: Any) -> str:
+            return str(item.name)
+
+        def read(self, item: Any, watch: Any) -> Any:
+            raise error("the storage is away")
+
+    inputs, store = open_inputs(str(images), max_pixels=MAX_PIXELS), open_store(str(tmp_path))
+    manifest, drawn = finish(inputs, store, CATEGORIES, find)
+    with pytest.raises(error, match="the storage is away"):
+        write_report(inputs, manifest, replace(drawn, reader=Away()))
+    assert not store.exists("report.html")
+
+
+def test_no_secret_of_a_list_is_shown(images: Path, tmp_path: Path) -> None:
+    class Gone:
+        def picture_name(self, item: Any) -> str:
+            return f"{item.image_id}-x"
+
+        def read(self, item: Any, watch: Any) -> Any:
+            raise FileNotFoundError("gone")
+
+    (tmp_path / "list.txt").write_text("https://host/a.jpg?X-Amz-Signature=hidden\n")
+    inputs, store = open_inputs(str(tmp_path / "list.txt"), max_pixels=MAX_PIXELS), open_store(str(tmp_path / "out"))
+    shown = images_to_show(inputs, set(), 1)
+    with store.new_file(part_name(0)) as path:
+        pq.write_table(PREDICTIONS.empty_table(), path)
+    (made,) = make_thumbnails(shown, set(), DrawSettings(Gone(), store, CATEGORIES))
+    assert (made.uri, made.failure) == ("https://host/a.jpg", "gone")
 
 
 @pytest.mark.parametrize("kind", ["all rejects", "one image", "a list"])
