@@ -47,7 +47,7 @@ MOST = 256  # images that are taken from a folder
 COPIES = 24  # of them that the long run of a pipeline has more than the short one
 ROWS = 128  # of a shard
 SHORT_SHARDS = 2  # of the short run, for each CPU
-PIPELINE_REPEATS = 3
+MOST_PIPELINES = 3  # repeats of them, each of which takes a minute
 SAMPLE_SECONDS = 0.1
 ENCODINGS: tuple[Encoding, ...] = ("raw", "jpeg")
 
@@ -118,7 +118,8 @@ def run_data_benchmark(
         long = copied(files, folder / "long", (few + copies) * count)
         rates = _single(files, short, folder, repeats)
         with ray_session(cpus):
-            rates += _pipelines(short, long, folder, cpus=cpus, further=copies * len(files))
+            further = Further(cpus, copies * len(files), min(repeats, MOST_PIPELINES))
+            rates += _pipelines(short, long, folder, further)
             sizes = {f"stored as {encoding}": _stored(once, folder / encoding, encoding) for encoding in ENCODINGS}
         sizes = {"as they come": statistics.mean(file.stat().st_size for file in files)} | sizes
     machine = machine_of(torch.device("cpu"), cpus) | {"Pillow": PIL.__version__, "OpenCV": cv2.__version__}
@@ -256,23 +257,34 @@ def _task(prepared: PreparedBuild) -> int:
     return len(records)
 
 
-def _pipelines(once: Path, often: Path, folder: Path, *, cpus: int, further: int) -> list[Rate]:
+@dataclass(frozen=True)
+class Further:
+    """What is between two runs of a pipeline."""
+
+    cpus: int
+    images: int
+    repeats: int
+
+
+def _pipelines(once: Path, often: Path, folder: Path, further: Further) -> list[Rate]:
     """The whole ways through Ray Data; `often` holds so many `further` images than `once`."""
     return [
-        _pipeline(what, run, (once, often), folder / "pipeline", cpus=cpus, further=further)
+        _pipeline(what, run, (once, often), folder / "pipeline", further)
         for what, run in ((PIPELINE, _build_raw), (PEER, _ray_data_with_pillow))
     ]
 
 
 def _pipeline(
-    what: str, run: Callable[[Path, Path], object], sources: tuple[Path, Path], out: Path, *, cpus: int, further: int
+    what: str, run: Callable[[Path, Path], object], sources: tuple[Path, Path], out: Path, further: Further
 ) -> Rate:
+    short, long = sources
     with _peak_of_workers() as peak:  # not while it is timed: to look into all processes takes a third of a CPU
-        _seconds(run, sources[1], out)
-    turns = [(_seconds(run, sources[0], out), _seconds(run, sources[1], out)) for _ in range(PIPELINE_REPEATS)]
+        _seconds(run, long, out)
+    turns = [(_seconds(run, short, out), _seconds(run, long, out)) for _ in range(further.repeats)]
     shutil.rmtree(out)
-    seconds, cpu_seconds = (statistics.median(long[i] - short[i] for short, long in turns) for i in range(2))
-    return Rate(what, further / cpus / seconds, further / cpu_seconds, peak[0] / 1e6)
+    seconds, cpu_seconds = (statistics.median(more[i] - less[i] for less, more in turns) for i in range(2))
+    rate = further.images / further.cpus / seconds
+    return Rate(what, rate, further.images / cpu_seconds, peak[0] / 1e6)
 
 
 def _build_raw(images: Path, out: Path) -> None:

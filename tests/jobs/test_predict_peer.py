@@ -211,6 +211,7 @@ def stored_results(name: str, image_id: str) -> Results:
     return results
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize(
     ("name", "image_id"),
     [
