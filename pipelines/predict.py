@@ -48,6 +48,7 @@ from pipelines.transforms import allow_pixels
 SCHEMA_VERSION = 5  # of the folder; 4: rows in groups, and names of lists and shards; 5: the manifest has tallies
 READ_THREADS = 2
 READ_AHEAD = 4  # decoded images in memory
+MANY = 4  # tasks for each actor
 ROWS_A_GROUP = 64  # of a part: what is in memory before it is written
 
 ModelFiles = Mapping[str, bytes]
@@ -117,12 +118,14 @@ class ModelPool:
     """0: a CPU each"""
     room: int
     """How many the running Ray has resources for"""
+    in_flight: int = 1
+    """Tasks that an actor has at once, of which it does one. With a second one it need not wait until Ray Data looks
+    again; but of few tasks the first actor that is there must not take what others could begin."""
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Of `map_batches`."""
-        # by default the first actor that is there takes several tasks, which then wait while others have nothing to do
-        strategy = ActorPoolStrategy(size=self.actors, max_tasks_in_flight_per_actor=1)
+        strategy = ActorPoolStrategy(size=self.actors, max_tasks_in_flight_per_actor=self.in_flight)
         resources = {"num_gpus": self.gpus_per_actor} if self.gpus_per_actor else {"num_cpus": 1}
         return {"compute": strategy, **resources}
 
@@ -132,7 +135,8 @@ def model_pool(tasks: int, *, actors: int | None = None, gpus_per_actor: float =
     resources = ray.cluster_resources()
     gpus = resources.get("GPU", 0) if gpus_per_actor else 0
     room = int(gpus / gpus_per_actor + 1e-6) if gpus else int(resources.get("CPU", 0))
-    return ModelPool(max(1, min(actors or room, tasks)), gpus_per_actor if gpus else 0, room)
+    size = max(1, min(actors or room, tasks))
+    return ModelPool(size, gpus_per_actor if gpus else 0, room, in_flight=2 if tasks >= MANY * size else 1)
 
 
 def place_model(model: MaskRCNN) -> MaskRCNN:
