@@ -36,6 +36,7 @@ def main(out: Path, images: int) -> None:
     config = replace(SMALL, input=InputConfig(shorter_side=SIDE, longer_side=SIDE))
     save_model(MaskRCNN(config), out / "model")
     words = ["predict", "--model", out / "model", "--images", out / "images", "--out", out / "predictions"]
+    words += ["--max-detections", "10"]  # random weights find a hundred
     process = subprocess.Popen([sys.executable, "-m", "jobs.cli", *map(str, words)], stdout=sys.stderr)
     try:
         curve = watch(process, out / "predictions", images)
