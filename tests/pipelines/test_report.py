@@ -19,12 +19,13 @@ from browser import measure, show
 from predicted import detection, finish
 
 from mrcnn.structures import Category
-from pipelines.inputs import Picture, open_inputs
+from pipelines.inputs import Input, Picture, open_inputs
 from pipelines.overlays import DrawSettings, choose, draw_chunk, overlay_name
 from pipelines.predict import PREDICTIONS
 from pipelines.predict_folder import ChunkReceipt, claim, part_name, read_json
 from pipelines.predict_options import PredictRun
 from pipelines.report import class_bars, score_bars, size_bars, write_report
+from pipelines.stages import Stopwatch
 from pipelines.storage import open_store
 from pipelines.storage_errors import UnreachableError
 from pipelines.tally import Tally, tally_part
@@ -203,19 +204,25 @@ def test_an_image_that_is_gone_says_so_in_its_place(images: Path, tmp_path: Path
     assert len(page.all("img")) == 9
 
 
+class Failing:
+    """A reader that reads nothing."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def picture_name(self, item: Input) -> str:
+        return item.name
+
+    def read(self, item: Input, watch: Stopwatch) -> Picture:
+        raise self.error
+
+
 def test_a_store_that_is_gone_leaves_a_page(images: Path, tmp_path: Path) -> None:
     """As shards may be."""
-
-    class Gone:
-        def picture_name(self, item: Any) -> str:
-            return f"row-{item.name}"
-
-        def read(self, item: Any, watch: Any) -> Any:
-            raise FileNotFoundError("there is no folder <shards>")
-
     inputs, store = open_inputs(str(images), max_pixels=MAX_PIXELS), open_store(str(tmp_path))
     manifest, drawn = finish(inputs, store, CATEGORIES, find)
-    write_report(inputs, manifest, replace(drawn, reader=Gone()))
+    gone = Failing(FileNotFoundError("there is no folder <shards>"))
+    write_report(inputs, manifest, replace(drawn, reader=gone))
     page = Page((tmp_path / "report.html").read_text())
     assert page.text.count("Could not be read for this page: there is no folder <shards>") == 12
     assert "Detections 45" in page.text
@@ -225,34 +232,20 @@ def test_a_store_that_is_gone_leaves_a_page(images: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("error", [UnreachableError, PermissionError])
 def test_a_store_that_does_not_answer_now_is_asked_again_later(images: Path, tmp_path: Path, error: Any) -> None:
-    class Away:
-        def picture_name(self, item: Any) -> str:
-            return str(item.name)
-
-        def read(self, item: Any, watch: Any) -> Any:
-            raise error("the storage is away")
-
     inputs, store = open_inputs(str(images), max_pixels=MAX_PIXELS), open_store(str(tmp_path))
     manifest, drawn = finish(inputs, store, CATEGORIES, find)
     with pytest.raises(error, match="the storage is away"):
-        write_report(inputs, manifest, replace(drawn, reader=Away()))
+        write_report(inputs, manifest, replace(drawn, reader=Failing(error("the storage is away"))))
     assert not store.exists("report.html")
 
 
 def test_no_secret_of_a_list_is_shown(images: Path, tmp_path: Path) -> None:
-    class Gone:
-        def picture_name(self, item: Any) -> str:
-            return f"{item.image_id}-x"
-
-        def read(self, item: Any, watch: Any) -> Any:
-            raise FileNotFoundError("gone")
-
     (tmp_path / "list.txt").write_text("https://host/a.jpg?X-Amz-Signature=hidden\n")
     inputs, store = open_inputs(str(tmp_path / "list.txt"), max_pixels=MAX_PIXELS), open_store(str(tmp_path / "out"))
     shown = images_to_show(inputs, set(), 1)
     with store.new_file(part_name(0)) as path:
         pq.write_table(PREDICTIONS.empty_table(), path)
-    (made,) = make_thumbnails(shown, set(), DrawSettings(Gone(), store, CATEGORIES))
+    (made,) = make_thumbnails(shown, set(), DrawSettings(Failing(FileNotFoundError("gone")), store, CATEGORIES))
     assert (made.uri, made.failure) == ("https://host/a.jpg", "gone")
 
 
