@@ -3,7 +3,8 @@ own way with Pillow, on the same images.
 
 What is timed in this process takes turns, in CPU seconds: what else the machine does then hardly counts. The pipelines
 run as they do for a user, on so many CPUs, twice: with enough images that all CPUs have work, and with more. The time
-between the two is that of the further images, without the start of Ray's workers.
+between the two is that of the further images, without the start of Ray's workers. Our decoding and resizing alone takes
+turns with them: a core is not as fast in one minute as in the next.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ from pipelines.transforms import decode, use_one_thread
 SHORTER, LONGER = 800, 1333
 MADE = 48  # images, where no folder is given
 MOST = 256  # images that are taken from a folder
-COPIES = 24  # of them that the long run of a pipeline has more than the short one
+COPIES = 48  # of them that the long run of our pipeline has more than the short one
+PEERS_SHARE = 4  # of these has Ray Data's own way, which takes longer for each
 ROWS = 128  # of a shard
 SHORT_SHARDS = 2  # of the short run, for each CPU
 MOST_PIPELINES = 3  # repeats of them, each of which takes a minute
 SAMPLE_SECONDS = 0.1
+BESIDE_SECONDS = 1.0
 ENCODINGS: tuple[Encoding, ...] = ("raw", "jpeg")
 
 PILLOW, OURS, BARE = "Pillow: decode, resize", "decode, resize", "simplejpeg and OpenCV or torch, bare"
@@ -66,6 +69,8 @@ class Rate:
     """Of a pipeline: by the CPU time of all its processes, in which what else the machine does hardly counts"""
     peak_mb: float | None = None
     """Largest sum of the memory that Ray's worker processes have for themselves; None where it was not looked at"""
+    beside: float | None = None
+    """Of a pipeline: of our decoding and resizing alone, before and after each of its runs"""
 
 
 @dataclass(frozen=True)
@@ -115,11 +120,14 @@ def run_data_benchmark(
         files = jpegs_in(images) if images is not None else made_jpegs(folder / "made", MADE)
         count, few = len(files), -(-SHORT_SHARDS * cpus * ROWS // len(files))
         once, short = copied(files, folder / "once", count), copied(files, folder / "short", few * count)
-        long = copied(files, folder / "long", (few + copies) * count)
+        more = {PIPELINE: copies, PEER: max(copies // PEERS_SHARE, 1)}
+        long = {what: copied(files, folder / f"long-{n}", (few + n) * count) for what, n in more.items()}
         rates = _single(files, short, folder, repeats)
         with ray_session(cpus):
-            further = Further(cpus, copies * len(files), min(repeats, MOST_PIPELINES))
-            rates += _pipelines(short, long, folder, further)
+            data = [file.read_bytes() for file in files]
+            for what, run in ((PIPELINE, _build_raw), (PEER, _ray_data_with_pillow)):
+                further = Further(cpus, more[what] * count, min(repeats, MOST_PIPELINES), data)
+                rates.append(_pipeline(what, run, (short, long[what]), folder / "pipeline", further))
             sizes = {f"stored as {encoding}": _stored(once, folder / encoding, encoding) for encoding in ENCODINGS}
         sizes = {"as they come": statistics.mean(file.stat().st_size for file in files)} | sizes
     machine = machine_of(torch.device("cpu"), cpus) | {"Pillow": PIL.__version__, "OpenCV": cv2.__version__}
@@ -128,10 +136,14 @@ def run_data_benchmark(
 
 def _ratios(rates: Sequence[Rate]) -> dict[str, float]:
     speed = {each.what: each.images_per_second for each in rates}
+    whole = next(each for each in rates if each.what == PIPELINE)
+    assert whole.beside is not None
+    assert whole.per_cpu_second is not None
     return {
         "decode + resize, ours : Pillow's": speed[OURS] / speed[PILLOW],
         "decode + resize, ours : bare library calls": speed[OURS] / speed[BARE],
-        "whole pipeline : decode + resize": speed[PIPELINE] / speed[OURS],
+        "whole pipeline : decode + resize beside it": whole.images_per_second / whole.beside,
+        "whole pipeline : decode + resize beside it, by CPU time": whole.per_cpu_second / whole.beside,
         "whole pipeline, ours : Ray Data with Pillow": speed[PIPELINE] / speed[PEER],
     }
 
@@ -204,6 +216,14 @@ def _each(function: Callable[[bytes], object], data: Sequence[bytes]) -> int:
     return len(data)
 
 
+def _speed(function: Callable[[bytes], object], data: Sequence[bytes]) -> float:
+    """Images a CPU second of this process."""
+    start, images = time.process_time(), 0
+    while time.process_time() < start + BESIDE_SECONDS:
+        images += _each(function, data)
+    return images / (time.process_time() - start)
+
+
 def _size(image: Any) -> tuple[int, int]:
     return resized_size(*image.shape[:2], shorter_side=SHORTER, longer_side=LONGER)
 
@@ -264,27 +284,25 @@ class Further:
     cpus: int
     images: int
     repeats: int
-
-
-def _pipelines(once: Path, often: Path, folder: Path, further: Further) -> list[Rate]:
-    """The whole ways through Ray Data; `often` holds so many `further` images than `once`."""
-    return [
-        _pipeline(what, run, (once, often), folder / "pipeline", further)
-        for what, run in ((PIPELINE, _build_raw), (PEER, _ray_data_with_pillow))
-    ]
+    data: Sequence[bytes]
+    """Images for what is measured beside it"""
 
 
 def _pipeline(
     what: str, run: Callable[[Path, Path], object], sources: tuple[Path, Path], out: Path, further: Further
 ) -> Rate:
-    short, long = sources
     with _peak_of_workers() as peak:  # not while it is timed: to look into all processes takes a third of a CPU
-        _seconds(run, long, out)
-    turns = [(_seconds(run, short, out), _seconds(run, long, out)) for _ in range(further.repeats)]
+        _seconds(run, sources[1], out)
+    turns, beside = [], [_speed(_ours, further.data)]
+    for _ in range(further.repeats):
+        for images in sources:
+            turns.append(_seconds(run, images, out))
+            beside.append(_speed(_ours, further.data))
     shutil.rmtree(out)
-    seconds, cpu_seconds = (statistics.median(more[i] - less[i] for less, more in turns) for i in range(2))
+    pairs = list(zip(turns[::2], turns[1::2], strict=True))
+    seconds, cpu_seconds = (statistics.median(more[i] - less[i] for less, more in pairs) for i in range(2))
     rate = further.images / further.cpus / seconds
-    return Rate(what, rate, further.images / cpu_seconds, peak[0] / 1e6)
+    return Rate(what, rate, further.images / cpu_seconds, peak[0] / 1e6, statistics.median(beside))
 
 
 def _build_raw(images: Path, out: Path) -> None:

@@ -37,19 +37,30 @@ def resized_size(
     return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
 
 
-def resize_image(image: np.ndarray, height: int, width: int, resize: Resize = "antialias") -> np.ndarray:
-    """(h, w, 3) uint8 -> (height, width, 3).
+def resize_image(
+    image: np.ndarray, height: int, width: int, resize: Resize = "antialias", *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """(h, w, 3) uint8 -> (height, width, 3), in `out` if that is given: of this shape and the result's type.
 
     antialias: uint8, antialiased bilinear, within 1/255 (mean) and 3/255 of Pillow's: by torch's uint8 kernel where a
     side shrinks, by OpenCV's, faster and the same filter, where none does. pillow: Pillow's own bytes. bilinear:
     float32 0..255, not antialiased.
     """
+    resized = _resize(image, height, width, resize, out)
+    if out is None or np.may_share_memory(resized, out):
+        return resized
+    out[...] = resized
+    return out
+
+
+def _resize(image: np.ndarray, height: int, width: int, resize: Resize, out: np.ndarray | None) -> np.ndarray:
+    """As `resize_image`; in `out` where that costs no copy."""
     if image.shape[:2] == (height, width):
         return image.astype(np.float32) if resize == "bilinear" else image
     if resize == "pillow":
         return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     if resize == "antialias" and height >= image.shape[0] and width >= image.shape[1]:
-        return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
+        return np.asarray(cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR), np.uint8)
     # NCHW with channels-last strides takes torch's uint8 kernel without a copy
     pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
     if resize == "bilinear":

@@ -21,8 +21,9 @@ from typing import Any
 from pipelines.local_files import open_to_write
 
 ALIGNED = 4096  # bytes: disks demand that their places in the file and in memory, and their number, are multiples of it
-BLOCK = 4 * 1024 * 1024  # a multiple of that, and of the pages that a processor finds fastest
-BLOCKS = 3  # of a file in memory, at most
+BLOCK = 8 * 1024 * 1024  # a multiple of that, and of the pages that a processor finds fastest
+BLOCKS = 4  # of a file in memory, at most
+ROOM = BLOCK - ALIGNED  # bytes that fit a block behind what is left of the one before
 NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)  # what file systems say that have a cache only
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux alone has it
 
@@ -31,13 +32,15 @@ class DirectFile(io.RawIOBase):
     """A new or empty file that is written from its start to its end. What a write raises may be raised by a later
     one, or by `close`.
 
-    Where the file system knows nothing but its cache, writes go there. A thread writes the blocks that are full.
+    Where the file system knows nothing but its cache, or with `direct=False`, writes go there. A thread writes the
+    blocks that are full.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = _open(path)
-        self._size = 0
+    def __init__(self, path: Path, *, direct: bool = True) -> None:
+        self._file = _open(path) if direct else open_to_write(path)
         self._block = _block()
+        self._offset = 0  # of the block in the file: aligned
+        self._filled = 0  # bytes of the block
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="direct-file")
         self._writing: deque[Future[mmap.mmap]] = deque()
 
@@ -48,35 +51,51 @@ class DirectFile(io.RawIOBase):
         view = memoryview(data).cast("B")
         done = 0
         while done < len(view):
-            place = self._size % BLOCK
-            some = view[done : done + BLOCK - place]
-            self._block[place : place + len(some)] = some
+            some = view[done : done + BLOCK - self._filled]
+            self._block[self._filled : self._filled + len(some)] = some
             done += len(some)
-            self._size += len(some)
-            if self._size % BLOCK == 0:
+            self._filled += len(some)
+            if self._filled == BLOCK:
                 self._hand_over()
         return done
+
+    def room(self, size: int) -> memoryview:
+        """The memory of the file's next `size` bytes, at most ROOM, to be filled before anything else is written."""
+        assert size <= ROOM, f"{size} bytes, a block has room for {ROOM}"
+        if self._filled + size > BLOCK:
+            self._hand_over()
+        start, self._filled = self._filled, self._filled + size
+        return memoryview(self._block)[start : self._filled]
 
     def close(self) -> None:
         """Wait for the disk to have it all."""
         if self.closed:
             return
+        size = self._offset + self._filled
         try:
-            if self._size % BLOCK:
-                self._hand_over()  # up to a multiple, whose end is cut off again
+            if self._filled:
+                self._write(-(-self._filled // ALIGNED) * ALIGNED)  # what is too much is cut off again
             while self._writing:
                 self._writing.popleft().result()
-            os.ftruncate(self._file, self._size)
+            os.ftruncate(self._file, size)
         finally:
             self._writer.shutdown()
             os.close(self._file)
             super().close()
 
     def _hand_over(self) -> None:
-        offset = (self._size - 1) // BLOCK * BLOCK
-        length = -(-(self._size - offset) // ALIGNED) * ALIGNED
-        self._writing.append(self._writer.submit(_write_all, self._file, self._block, length=length, offset=offset))
+        """What is aligned of the block goes to the disk, the rest to the start of the next block."""
+        aligned = self._filled // ALIGNED * ALIGNED
+        rest = self._block[aligned : self._filled]
+        self._write(aligned)
         self._block = _block() if len(self._writing) < BLOCKS else self._writing.popleft().result()
+        self._offset, self._filled = self._offset + aligned, len(rest)
+        self._block[: len(rest)] = rest
+
+    def _write(self, length: int) -> None:
+        self._writing.append(
+            self._writer.submit(_write_all, self._file, self._block, length=length, offset=self._offset)
+        )
 
 
 def _block() -> mmap.mmap:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -29,3 +30,10 @@ def prefetched(function: Callable[[T], R], items: Iterable[T], *, threads: int, 
         finally:
             for future in pending:
                 future.cancel()
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of so many items, the last one perhaps of fewer. (In itertools from Python 3.12 on.)"""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch

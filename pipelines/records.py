@@ -70,6 +70,10 @@ class Images(Protocol):
     def uri(self) -> str:
         """The folder, or the list"""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether all of them are on disks of this machine"""
+
     def uri_of(self, name: str) -> str:
         """Full URI of a file."""
 

@@ -13,6 +13,7 @@ import numpy as np
 from mrcnn.preprocess import resize_image, resized_size
 from pipelines.config import Encoding
 from pipelines.scaling import Scaling, scale_instances
+from pipelines.shards import Drawn
 from pipelines.storage import Store
 from pipelines.tiling import Part, Tiling, windows
 from pipelines.transforms import MAX_SIDE, Pixels, encode
@@ -60,7 +61,7 @@ def make_row(picture: Picture, part: Part, scale: Scale, encoding: Encoding) -> 
     source = window.height, window.width
     size = scale.size(*source)
     whole = picture.pixels.shape[:2]
-    resized = resize_image(np.ascontiguousarray(pixels), *size)
+    pixels = np.ascontiguousarray(pixels)
     tile = None
     if source != whole:
         tile = {"image_id": picture.image_id, "y": window.y, "x": window.x, "height": whole[0], "width": whole[1]}
@@ -72,10 +73,15 @@ def make_row(picture: Picture, part: Part, scale: Scale, encoding: Encoding) -> 
         "source_height": source[0],
         "source_width": source[1],
         "encoding": encoding,
-        "image": resized if encoding == "raw" else encode(resized, encoding),  # raw: written from where it lies
+        "image": _drawn(pixels, size) if encoding == "raw" else encode(resize_image(pixels, *size), encoding),
         "instances": scale_instances(part.instances, Scaling(source, size)),
         "tile": tile,
     }
+
+
+def _drawn(pixels: Pixels, size: tuple[int, int]) -> Drawn:
+    """Pixels that are resized into the file."""
+    return Drawn(size[0] * size[1] * 3, lambda out: resize_image(pixels, *size, out=out.reshape(*size, 3)))
 
 
 def tile_id(image_id: int, y: int, x: int) -> int:

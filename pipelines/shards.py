@@ -6,20 +6,19 @@ Bodies are uncompressed: from a memory map, raw pixels are used where they lie.
 from __future__ import annotations
 
 import io
-import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from pipelines.direct_file import DirectFile
-from pipelines.local_files import open_to_write
+from pipelines.direct_file import ROOM, DirectFile
 from pipelines.manifest import ShardInfo
 from pipelines.schema import SHARD
 from pipelines.storage import Store
@@ -35,13 +34,24 @@ BLOCK = np.dtype([("offset", "<i8"), ("metadata", "<i4"), ("padding", "<i4"), ("
 RECORD_BATCHES = 3  # its place among the fields of `table Footer`
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Bytes that are made where they are written: pixels need no memory of their own on the way to a file."""
+
+    size: int
+    draw: Callable[[NDArray[np.uint8]], object]
+    """Fills (size,) bytes"""
+
+
 class ShardWriter:
     """A new or empty file that is written row by row, from where the pixels lie, and checked as it is written. A
     context manager. `direct`: see pipelines/direct_file.py; not for a file that is read again at once."""
 
     def __init__(self, path: Path, schema: pa.Schema = SHARD, *, direct: bool = False) -> None:
         self._schema = schema
-        self._file = _CheckedFile(DirectFile(path) if direct else os.fdopen(open_to_write(path), "wb"))
+        self._binary = [(i, field) for i, field in enumerate(schema) if pa.types.is_binary(field.type)]
+        self._plain = pa.struct([field for field in schema if not pa.types.is_binary(field.type)])
+        self._file = _CheckedFile(DirectFile(path, direct=direct))
         # a row is some forty writes, all of them small but that of the pixels, which passes by the buffer
         self._sink = pa.BufferedOutputStream(pa.PythonFile(self._file, mode="w"), SMALL_WRITES)
         self._writer = pa.ipc.new_file(self._sink, schema)
@@ -58,11 +68,21 @@ class ShardWriter:
         self._writer.close()
         self._sink.close()
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row, a dict of the schema's fields; binary ones may be any buffer of bytes."""
-        columns = [_column(row[field.name], field.type) for field in self._schema]
-        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
-        self._tall.append(row.get("height", 0) > row.get("width", 0))
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows, dicts of the schema's fields; binary ones may be any buffer of bytes, one of a row `Drawn`."""
+        # one by one: a slice of many has bytes of its neighbours; but first all, of which the first warms the caches
+        converted = [pa.array([row], self._plain).flatten() for row in rows]
+        for row, columns in zip(rows, converted, strict=True):
+            for place, field in self._binary:
+                columns.insert(place, self._bytes(row[field.name], field.type))
+            self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+            assert self._file.drawn is None, "the bytes to draw were not asked for"
+            self._tall.append(row.get("height", 0) > row.get("width", 0))
+
+    def _bytes(self, value: Any, type_: pa.DataType) -> pa.Array:
+        """An array of one value, which is referred to, not copied."""
+        data = self._file.to_draw(value) if isinstance(value, Drawn) else pa.py_buffer(value)
+        return pa.Array.from_buffers(type_, 1, [None, pa.py_buffer(np.array([0, data.size], np.int32)), data])
 
     def info(self, name: str) -> ShardInfo:
         """What a manifest says of the file, once it is closed."""
@@ -73,19 +93,40 @@ class ShardWriter:
 class _CheckedFile(io.RawIOBase):
     """A file whose checksum is taken of the bytes on their way."""
 
-    def __init__(self, file: IO[bytes] | io.RawIOBase) -> None:
+    def __init__(self, file: DirectFile) -> None:
         self._file = file
+        self._stand_in = pa.py_buffer(b"")
+        self.drawn: Drawn | None = None
+        """What the stand-in stands for"""
         self.checksum = xxhash.xxh3_128()
         self.size = 0
 
     def writable(self) -> bool:
         return True
 
+    def to_draw(self, drawn: Drawn) -> pa.Buffer:
+        """What to give to Arrow's writer, as if it were these bytes: they are made when it comes to be written."""
+        if not SMALL_WRITES <= drawn.size <= ROOM:  # several writes become one, or one several
+            made = np.empty(drawn.size, np.uint8)
+            drawn.draw(made)
+            return pa.py_buffer(made)
+        assert self.drawn is None, "one at a time"
+        if self._stand_in.size < ROOM:
+            self._stand_in = pa.py_buffer(np.empty(ROOM, np.uint8))  # never touched: it takes no memory
+        self.drawn = drawn
+        return self._stand_in.slice(0, drawn.size)
+
     def write(self, data: Any) -> int:
+        drawn, size = self.drawn, len(data)
+        if drawn is not None and isinstance(data, pa.Buffer) and data.address == self._stand_in.address:
+            assert size == drawn.size, f"{size} bytes asked for, {drawn.size} are to be drawn"
+            data, self.drawn = self._file.room(size), None
+            drawn.draw(np.frombuffer(data, np.uint8))
+        else:
+            self._file.write(data)
         self.checksum.update(data)
-        self._file.write(data)
-        self.size += len(data)
-        return len(data)
+        self.size += size
+        return size
 
     def close(self) -> None:
         self._file.close()
@@ -101,19 +142,11 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _column(value: Any, type_: pa.DataType) -> pa.Array:
-    """An array of one value. Bytes are referred to, not copied."""
-    if not pa.types.is_binary(type_):
-        return pa.array([value], type_)
-    data = pa.py_buffer(value)
-    return pa.Array.from_buffers(type_, 1, [None, pa.py_buffer(np.array([0, data.size], np.int32)), data])
-
-
 def write_shard(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema = SHARD, *, name: str = "") -> ShardInfo:
     """Write rows (dicts of the schema's fields), holding one at a time in memory; what a manifest says of the file."""
     with ShardWriter(path, schema) as writer:
         for row in rows:
-            writer.write(row)
+            writer.write([row])
     return writer.info(name or path.name)
 
 

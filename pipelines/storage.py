@@ -74,7 +74,10 @@ class Store:
     def read_bytes(self, name: str) -> bytes:
         """A whole file. Raises FileRefusedError where it alone is refused."""
         try:
-            return self._call("cat_file", name)
+            if not self.is_local:
+                return self._call("cat_file", name)
+            with plain_errors(self.uri_of(name)):  # an image a millisecond: fsspec takes as long as the disk
+                return Path(self.uri_of(name)).read_bytes()
         except PermissionError as error:
             self.check_folder()
             raise FileRefusedError(str(error)) from None

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, wraps
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext
+
+from pipelines.prefetch import batched
 
 AHEAD = 64  # tasks a CPU is given at once: what the driver holds a second time, and Ray's object store a third
 TRIES = 4  # of a task whose process dies
@@ -34,8 +35,7 @@ def run_tasks(function: Callable[[Task], Task], tasks: Iterable[Task]) -> Iterat
     context.memory_usage_poll_interval_s = None  # a walk through all memory maps each second, for statistics
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
     attempts = count_attempts(remembered=2 * TOGETHER * cpus)
-    waiting = iter(tasks)
-    while some := list(islice(waiting, AHEAD * cpus)):
+    for some in batched(tasks, AHEAD * cpus):
         dataset = ray.data.from_arrow([pa.Table.from_pylist(each) for each in _together(some, cpus)])
         dataset.context.target_max_block_size = 1  # a row is handed on when the next is there, not with the last
         counted = partial(_run_counted, function=function, attempts=attempts)

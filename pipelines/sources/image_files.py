@@ -34,6 +34,11 @@ class ListedImages:
     uri: str
     """Of the list"""
 
+    @property
+    def is_local(self) -> bool:
+        """Its files may be anywhere."""
+        return False
+
     def uri_of(self, name: str) -> str:
         """The name itself, as it may be shown."""
         return without_secrets(name)

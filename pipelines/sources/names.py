@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -51,6 +52,9 @@ def links_outside(images: Images, name: str) -> bool:
     Who can write to the folder (an archive that was unpacked there) could otherwise have any file of this machine read.
     """
     if not isinstance(images, Store) or not images.is_local:
+        return False
+    below = accumulate(name.split("/"), "{}/{}".format)
+    if not any(os.path.islink(f"{images.uri}/{each}") for each in below):  # as nearly always, and soon found out
         return False
     root, path = os.path.realpath(images.path), os.path.realpath(images.path / name)
     return os.path.commonpath([root, path]) != root

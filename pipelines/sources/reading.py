@@ -1,4 +1,4 @@
-"""What a task gets of a record: its files, then the annotations in them."""
+"""What a task gets of a record: its files, then what is in them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pipelines.records import ImageRecord, Images, Objects, SourceError, Stage
 from pipelines.sources import SOURCES
 from pipelines.sources.names import LINK_OUTSIDE, links_outside
 from pipelines.storage_errors import FileRefusedError
+from pipelines.transforms import MAX_PIXELS, DecodeError, Pixels, decode
 
 Fault = tuple[Stage, str]
 
@@ -23,6 +24,18 @@ class ReadRecord:
     image: bytes
     files: tuple[bytes, ...]
     """The annotation files, in the order of the record; empty unless all could be read"""
+    fault: Fault | None
+    """Why the record cannot be used"""
+
+
+@dataclass(frozen=True)
+class OpenedRecord:
+    """A record with its annotations parsed and its image decoded."""
+
+    record: ImageRecord
+    objects: Objects
+    pixels: Pixels | None
+    """None where there is a fault"""
     fault: Fault | None
     """Why the record cannot be used"""
 
@@ -42,17 +55,24 @@ def read_record(images: Images, record: ImageRecord, *, follow_links: bool) -> R
     return ReadRecord(record, image, tuple(files), None)
 
 
-def parse_record(
-    read: ReadRecord, format_: Format, categories: Sequence[Category]
-) -> tuple[ImageRecord, Objects, Fault | None]:
-    """A record's annotations, and why it cannot be used, if so."""
+def open_record(
+    read: ReadRecord, format_: Format, categories: Sequence[Category], *, max_pixels: int = MAX_PIXELS
+) -> OpenedRecord:
+    """What is in a record's files. Raises nothing that is the files' fault."""
     record = read.record
     if len(read.files) < len(record.annotation_files):
-        return record, Objects(), read.fault
+        return OpenedRecord(record, Objects(), None, read.fault)
     try:
-        return record, SOURCES[format_].objects(record, read.files, categories), read.fault
+        objects = SOURCES[format_].objects(record, read.files, categories)
     except SourceError as error:
-        return record, Objects(), read.fault or ("source", str(error))
+        return OpenedRecord(record, Objects(), None, read.fault or ("source", str(error)))
+    if read.fault is not None:
+        return OpenedRecord(record, objects, None, read.fault)
+    try:
+        pixels = decode(objects.image or read.image, max_pixels=max_pixels)
+    except DecodeError as error:
+        return OpenedRecord(record, objects, None, ("decode", str(error)))
+    return OpenedRecord(record, objects, pixels, None)
 
 
 def read_file(images: Images, name: str, *, follow_links: bool) -> bytes | str:

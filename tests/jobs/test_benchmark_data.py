@@ -63,15 +63,15 @@ def test_the_benchmark_runs_and_reports(folder: Path, ray_cluster: None) -> None
     report = run_data_benchmark(str(folder), cpus=1, repeats=1, copies=3)
     assert (report.rates[0].what, report.rates[-2].what) == (PILLOW, PIPELINE)
     assert report.rates[-1].what == PEER
-    assert len(report.ratios) == 4
-    assert all(rate.peak_mb and rate.per_cpu_second for rate in report.rates[-2:])
+    assert len(report.ratios) == 5
+    assert all(rate.peak_mb and rate.per_cpu_second and rate.beside for rate in report.rates[-2:])
     assert report.images == 3
     assert report.bytes_per_image["stored as raw"] > 64 * 96 * 3 > report.bytes_per_image["stored as jpeg"]
     assert {"Pillow", "OpenCV", "CPU"} <= report.machine.keys()
 
 
 def test_the_table_and_the_file(tmp_path: Path) -> None:
-    rates = (Rate(PILLOW, 50.0), Rate(PIPELINE, 200.0, 150.0, 123.4))
+    rates = (Rate(PILLOW, 50.0), Rate(PIPELINE, 200.0, 150.0, 123.4, 250.0))
     report = DataReport({"CPU": "slow"}, 7, rates, {"ours : theirs": 4.0}, {"stored as raw": 2_500_000.0})
     lines = str(report).splitlines()
     assert lines[0] == "CPU: slow"
@@ -80,7 +80,8 @@ def test_the_table_and_the_file(tmp_path: Path) -> None:
     assert lines[-2:] == ["ours : theirs: 4.00", "stored as raw: 2500 kB an image"]
     report.write(str(tmp_path / "out.json"))
     data: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
-    assert data["rates"][1] == {"what": PIPELINE, "images_per_second": 200.0, "per_cpu_second": 150.0, "peak_mb": 123.4}
+    expected = {"what": PIPELINE, "images_per_second": 200.0, "per_cpu_second": 150.0, "peak_mb": 123.4}
+    assert data["rates"][1] == expected | {"beside": 250.0}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipelines import direct_file
-from pipelines.direct_file import BLOCK, BLOCKS, DirectFile
+from pipelines.direct_file import BLOCK, BLOCKS, ROOM, DirectFile
 
 BYTES = np.random.default_rng(0).integers(0, 256, (BLOCKS + 3) * BLOCK, np.uint8)
 
@@ -51,6 +51,21 @@ def test_random_pieces(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     for i in range(5):
         written(tmp_path / str(i), [int(size) for size in rng.integers(0, BLOCK // 2, 12)])
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_is_filled_in_its_room_comes_between_what_is_written(tmp_path: Path, direct: bool) -> None:
+    rng, start, seen = np.random.default_rng(2), 0, []
+    with DirectFile(tmp_path / "file", direct=direct) as file:
+        for size in [1, ROOM, 1, ROOM, ROOM, 5, *(int(each) for each in rng.integers(0, ROOM // 3, 40)), BLOCK, ROOM]:
+            some = BYTES[start % BLOCK :][:size]
+            if rng.random() < 0.5 and size <= ROOM:
+                file.room(size)[:] = some
+            else:
+                file.write(some)
+            start += size
+            seen.append(some.tobytes())
+    assert (tmp_path / "file").read_bytes() == b"".join(seen)
 
 
 @pytest.mark.parametrize("refused", ["open", "pwrite"])

@@ -72,6 +72,7 @@ def test_links_that_lead_out_are_followed_only_when_told(tmp_path: Path) -> None
     (images / "relative.png").symlink_to("../elsewhere/secret.png")
     (images / "in.png").symlink_to(images / "folder/other.png")
     (images / "away").symlink_to(tmp_path / "elsewhere")
+    (images / "folder/back").symlink_to(images)
     (tmp_path / "same").symlink_to(images)
     names = ["real.png", "out.png", "relative.png", "in.png", "away/secret.png"]
     (tmp_path / "coco.json").write_text(json.dumps(coco_of(names)))
@@ -84,6 +85,9 @@ def test_links_that_lead_out_are_followed_only_when_told(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="follow_links False there, True here"):
         built(tmp_path / "out", **settings, follow_links=True)
     assert not links_outside(open_store("s3://bucket/images"), "away/secret.png")
+    store = open_store(str(images))
+    through = {"folder/back/real.png": False, "folder/back/out.png": True, "folder/back/away/secret.png": True}
+    assert {name: links_outside(store, name) for name in through} == through
 
 
 def test_linked_folders_are_followed_when_told_and_rejects_otherwise(tmp_path: Path) -> None:
