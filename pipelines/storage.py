@@ -74,6 +74,8 @@ class Store:
     def read_bytes(self, name: str) -> bytes:
         """A whole file. Raises FileRefusedError where it alone is refused."""
         try:
+            if self.uri.startswith("s3://"):  # in one request: to read in parts s3fs first asks for the size
+                return self._call("cat_file", name, max_concurrency=1)
             if not self.is_local:
                 return self._call("cat_file", name)
             with plain_errors(self.uri_of(name)):  # an image a millisecond: fsspec takes as long as the disk
@@ -123,8 +125,7 @@ class Store:
     def new_file(self, name: str) -> Iterator[Path]:
         """A local path to write a large file to; it gets its name here when the block ends without error.
 
-        On S3 it is one PUT (up to 5 GB): nothing is left there by a writer that dies. For it, the whole file is in
-        memory.
+        On S3 it is one PUT (up to 5 GB), sent from the disk: nothing is left there by a writer that dies.
         """
         if self.is_local:
             with self._part(name) as part:
@@ -133,8 +134,19 @@ class Store:
             return
         with nameless_file() as part:
             yield part
-            with plain_errors(self.uri_of(name)):  # of an open file s3fs, which does not rewind, would retry the rest
-                self._fs.put_file(str(part), f"{self._root}/{check_name(name)}", chunksize=SINGLE_PUT // 2)
+            self._put(part, name)
+
+    def _put(self, file: Path, name: str) -> None:
+        if not self.uri.startswith("s3://"):
+            with plain_errors(self.uri_of(name)):
+                self._fs.put_file(str(file), f"{self._root}/{check_name(name)}")
+            return
+        bucket, _, key = f"{self._root}/{check_name(name)}".partition("/")
+        if (size := file.stat().st_size) > SINGLE_PUT:
+            raise ValueError(f"{self.uri_of(name)} has {size} bytes, S3 takes 5 GiB: give fewer --rows-per-shard")
+        # botocore, which tries it again, sends the file from its start; s3fs would send what is left of it
+        with plain_errors(self.uri_of(name)), file.open("rb") as body:
+            filesystem("s3", once=True).call_s3("put_object", Bucket=bucket, Key=key, Body=body)
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:

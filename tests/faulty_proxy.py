@@ -16,16 +16,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-Fault = Literal["500", "503", "403", "drop", "lose", "cut", "stall", "slow"]
+Fault = Literal["500", "503", "403", "drop", "lose", "cut", "stall", "slow", "drip"]
 """500 InternalError, 503 SlowDown or 403 AccessDenied instead of an answer; drop: close the connection before asking
 the server; lose: ask it, but close before answering; cut: close in the middle of the body; stall: send half of the
-body, then nothing; slow: half of the body, a second, the other half"""
+body, then nothing; slow: half of the body, a second, the other half; drip: half of it,
+then a byte each DRIP_SECONDS"""
 
 Decide = Callable[[str, str, int], Fault | None]
 """Of a method, a path (/bucket/key) and how often this pair has come before, whatever the order of others"""
 
 CODES = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied"}
 UNTIL_GONE = 30.0
+DRIP_SECONDS = 0.2
 
 
 class FaultyProxy(ThreadingHTTPServer):
@@ -125,6 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "slow":
             time.sleep(1.0)
             self.wfile.write(data[half:])
+        elif fault == "drip":
+            for place in range(half, len(data)):
+                if self.server.closing.wait(DRIP_SECONDS):
+                    break
+                self.wfile.write(data[place : place + 1])
         elif fault is not None:
             if fault == "stall":
                 self.server.closing.wait(UNTIL_GONE)

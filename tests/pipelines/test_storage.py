@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faulty_proxy import faulty_proxy
 
 from pipelines import local_files
 from pipelines.storage import open_store, read_uri
@@ -207,19 +210,35 @@ def test_a_local_copy_to_read(root: str) -> None:
 def test_a_large_file_is_one_upload(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of one would stay on the server when the writer is killed."""
     store = open_store(f"{s3}/large")
-    calls: list[str] = []
-    call_s3 = type(store._fs)._call_s3
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], lambda *request: None) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        with store.new_file("file") as part, part.open("wb") as file:
+            file.truncate(120 * 2**20)
+        assert [(method, times) for (method, _), times in proxy.seen.items()] == [("PUT", 1)]
+        assert store.size("file") == 120 * 2**20
 
-    async def watched(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        calls.append(method)
-        return await call_s3(self, method, *args, **kwargs)
 
-    monkeypatch.setattr(type(store._fs), "_call_s3", watched)
-    with store.new_file("file") as part, part.open("wb") as file:
-        file.truncate(120 * 2**20)
-    assert "put_object" in calls
-    assert not [each for each in calls if "multipart" in each or "part" in each]
+def test_a_large_file_is_sent_from_the_disk(s3: str) -> None:
+    store = open_store(f"{s3}/streamed")
+    with store.new_file("first") as part:  # makes the client, which takes memory, too
+        part.write_bytes(b"")
+    with store.new_file("file") as part:
+        with part.open("wb") as file:
+            file.truncate(120 * 2**20)
+        tracemalloc.start()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
     assert store.size("file") == 120 * 2**20
+
+
+def test_a_file_that_is_too_large_for_one_upload_is_told(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.storage.SINGLE_PUT", 10)
+    store = open_store(f"{s3}/too-large")
+    told = pytest.raises(ValueError, match=r"too-large/file has 11 bytes, .*: give fewer --rows-per-shard")
+    with told, store.new_file("file") as part:
+        part.write_bytes(b"x" * 11)
+    assert not store.exists("file")
 
 
 def test_a_page_on_s3_is_for_a_browser_to_show(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,10 +259,10 @@ def test_a_page_on_s3_is_for_a_browser_to_show(s3: str, monkeypatch: pytest.Monk
 def test_a_file_that_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(str(tmp_path))
 
-    def refuse(self: Any, path: str, **kwargs: Any) -> bytes:
-        raise PermissionError(path)
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(str(self))
 
-    monkeypatch.setattr(type(store._fs), "cat_file", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(FileRefusedError, match=r"no permission for .*/a: check its owner and mode"):
         store.read_bytes("a")
 
