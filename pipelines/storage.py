@@ -29,6 +29,7 @@ from pipelines.storage_errors import (
 
 # Bytes, S3's bound. Parts of a larger file would stay, unseen but paid for, when their writer dies.
 SINGLE_PUT = 5 * 2**30
+CHANGES = ("mtime", "etag", "md5Hash")  # what listings have that changes with a file: of disks, Azure and Google
 DELETED_AT_ONCE = 1000  # S3's bound
 CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".png": "image/png"}  # browsers show them, and save others
 
@@ -273,7 +274,8 @@ class Store:
             if found[name]["type"] == "directory" or followed:
                 yield from self._list_folder(f"{folder}{name}/", seen)
             else:
-                yield f"{folder}{name}", int(found[name]["size"] or 0), str(found[name].get("mtime", ""))
+                change = next((found[name][key] for key in CHANGES if key in found[name]), "")
+                yield f"{folder}{name}", int(found[name]["size"] or 0), str(change)
 
     def _list_s3(self) -> Iterator[tuple[str, int, str]]:
         bucket, _, prefix = self._root.partition("/")
