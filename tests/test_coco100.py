@@ -68,6 +68,7 @@ def test_all_images_and_objects_are_in_the_shards(built: dict[str, BuildSummary]
         assert (totals.annotations, totals.instances) == (objects, objects)
 
 
+@pytest.mark.drill
 def test_the_loss_is_finite_and_falls(trained: TrainSummary) -> None:
     history = tracking.client().get_metric_history(trained.run_id, "train/loss")
     losses = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
@@ -76,12 +77,14 @@ def test_the_loss_is_finite_and_falls(trained: TrainSummary) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.drill
 def test_evaluation_covers_every_image(trained: TrainSummary, built: dict[str, BuildSummary]) -> None:
     metrics = evaluate(trained.model_uri, built["val2017"].out).metrics
     assert metrics.images == 50
     assert metrics.mask["AP"] == pytest.approx(trained.outcome.metrics["val/mask_AP"], abs=1e-6)
 
 
+@pytest.mark.drill
 def test_pycocotools_accepts_the_predictions(trained: TrainSummary, coco100: Path, tmp_path: Path) -> None:
     summary = predict(
         trained.model_uri,

@@ -20,6 +20,7 @@ SIZES = OverheadSizes(
 )
 
 
+@pytest.mark.drill
 def test_the_benchmark_runs_and_reports(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "toy", replace(PRESETS["toy"], model=SMALL))
     monkeypatch.setattr(benchmark_train, "STEP_SECONDS", 0.01)

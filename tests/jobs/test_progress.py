@@ -44,6 +44,7 @@ def shown_on_a_terminal(words: list[str], environment: dict[str, str]) -> str:
     return text
 
 
+@pytest.mark.drill
 def test_a_terminal_shows_bars_and_no_lines(toy_shards: str, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIG.to_dict()))

@@ -17,7 +17,7 @@ from jobs.evaluate import evaluate
 from jobs.train import TrainSummary, train
 from mrcnn import MaskRCNN, load_model
 
-pytestmark = pytest.mark.usefixtures("mlflow_store")
+pytestmark = [pytest.mark.drill, pytest.mark.usefixtures("mlflow_store")]
 
 CONFIG = TrainConfig(
     model=replace(SMALL, backbone=replace(SMALL.backbone, norm="bn")),
@@ -86,7 +86,6 @@ def test_separate_trains_two_networks_in_one_run(apart: TrainSummary, job: Train
     assert metrics.box["AP"] == pytest.approx(apart.outcome.metrics["val/box_AP"], abs=1e-9)
 
 
-@pytest.mark.drill
 def test_killed_in_its_second_phase_it_ends_with_the_same_bits(
     apart: TrainSummary, job: TrainJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +118,6 @@ def test_proposals_of_a_run_of_the_same_name_are_not_taken(apart: TrainSummary, 
     assert not (tmp_path / "apart").exists()
 
 
-@pytest.mark.drill
 def test_four_steps_end_in_shared_features(job: TrainJob) -> None:
     config = replace(CONFIG, rpn="four_step", steps=2)
     summary = train(replace(job, run="shared", workers="2"), config)
