@@ -45,10 +45,10 @@ from pipelines.transforms import decode, use_one_thread
 SHORTER, LONGER = 800, 1333
 MADE = 48  # images, where no folder is given
 MOST = 256  # images that are taken from a folder
-COPIES = 48  # of them that the long run of our pipeline has more than the short one
-PEERS_SHARE = 4  # of these has Ray Data's own way, which takes longer for each
 ROWS = 128  # of a shard
-SHORT_SHARDS = 2  # of the short run, for each CPU
+SHORT_SHARDS = 2  # of the short run, for each CPU: none has less to do than another
+SHARDS = 10  # that the long run of our pipeline has more, for each CPU
+PEERS_SHARE = 5  # a fifth of these has Ray Data's own way, which takes longer for each
 MOST_PIPELINES = 3  # repeats of them, each of which takes a minute
 SAMPLE_SECONDS = 0.1
 BESIDE_SECONDS = 1.0
@@ -104,29 +104,29 @@ class DataReport:
 
 
 def run_data_benchmark(
-    images: str | None = None, *, cpus: int = 2, repeats: int = 5, copies: int = COPIES
+    images: str | None = None, *, cpus: int = 2, repeats: int = 5, shards: int = SHARDS
 ) -> DataReport:
     """Measure on the JPEGs of a local folder, or on made ones of COCO's sizes.
 
     Raises:
         ValueError: for a folder without JPEGs, or numbers below 1.
     """
-    for argument, value in (("threads", cpus), ("repeats", repeats), ("copies", copies)):
+    for argument, value in (("threads", cpus), ("repeats", repeats), ("shards", shards)):
         if value < 1:
             raise ValueError(f"{argument} is {value}, but must be at least 1: 2 CPUs and 5 repeats are the default")
     use_one_thread()
     with tempfile.TemporaryDirectory(prefix="mrcnn-benchmark-") as name:
         folder = Path(name)
         files = jpegs_in(images) if images is not None else made_jpegs(folder / "made", MADE)
-        count, few = len(files), -(-SHORT_SHARDS * cpus * ROWS // len(files))
-        once, short = copied(files, folder / "once", count), copied(files, folder / "short", few * count)
-        more = {PIPELINE: copies, PEER: max(copies // PEERS_SHARE, 1)}
-        long = {what: copied(files, folder / f"long-{n}", (few + n) * count) for what, n in more.items()}
+        few = SHORT_SHARDS * cpus * ROWS
+        once, short = copied(files, folder / "once", len(files)), copied(files, folder / "short", few)
+        more = {PIPELINE: shards * cpus * ROWS, PEER: -(-shards // PEERS_SHARE) * cpus * ROWS}
+        long = {what: copied(files, folder / f"long-{n}", few + n) for what, n in more.items()}
         rates = _single(files, short, folder, repeats)
         with ray_session(cpus):
             data = [file.read_bytes() for file in files]
             for what, run in ((PIPELINE, _build_raw), (PEER, _ray_data_with_pillow)):
-                further = Further(cpus, more[what] * count, min(repeats, MOST_PIPELINES), data)
+                further = Further(cpus, more[what], min(repeats, MOST_PIPELINES), data)
                 rates.append(_pipeline(what, run, (short, long[what]), folder / "pipeline", further))
             sizes = {f"stored as {encoding}": _stored(once, folder / encoding, encoding) for encoding in ENCODINGS}
         sizes = {"as they come": statistics.mean(file.stat().st_size for file in files)} | sizes

@@ -1,12 +1,13 @@
 """An HTTP session for S3 that gives up answers which come too slowly.
 
-aiohttp bounds the time without a byte, for reading alone: an answer of one byte a second would take for ever, and so
-would an upload that the server stops taking.
+aiohttp bounds the time without a byte: an answer of one byte a second would take for ever. What is sent it does not
+bound at all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 import weakref
 from typing import Any
 
@@ -15,33 +16,55 @@ from aiobotocore.httpsession import AIOHTTPSession
 from botocore.exceptions import ReadTimeoutError
 
 SLOWEST = 10_000  # bytes a second
-SILENCES = 3  # of the longest that is borne, that a request may take besides: for a connection, the answer, its body
-
+SILENCES = 3  # of the longest that is borne, in which an answer has to come, or as much of its body
 SIZES = ("Content-Length", "X-Amz-Decoded-Content-Length")  # the latter over TLS, where checksums come after the bytes
 
 
 class BoundedSession(AIOHTTPSession):
-    """Raises, or has the reader of a body raise, what is tried again as after a silence or a broken connection."""
+    """Raises, or has the reader of a body raise, what is tried again as after a silence or a broken connection.
+
+    Of what is sent it knows but the size, and bounds the whole time: that of a large file by hours.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # answers whose bodies are being read: since when, and with how many bytes then. A timer for each would hold
+        # memory long after they are read
+        self._bodies: weakref.WeakKeyDictionary[aiohttp.ClientResponse, tuple[float, int]] = weakref.WeakKeyDictionary()
+        self._looking = False
 
     async def send(self, request: Any) -> Any:
-        """As aiobotocore's, within a time that depends on the bytes to send; the answer's body likewise."""
+        """As aiobotocore's, but not for ever."""
+        size = max(int(request.headers.get(name) or 0) for name in SIZES)
         try:
-            async with asyncio.timeout(self._seconds(request.headers)):
+            async with asyncio.timeout(self._window + size / SLOWEST):
                 answer = await super().send(request)
         except TimeoutError as error:
             raise ReadTimeoutError(endpoint_url=request.url, error=error) from None
         if request.stream_output:
-            # a weak reference: what is read in time is not to be held until then
-            seconds = self._seconds(answer.raw.headers)
-            asyncio.get_running_loop().call_later(seconds, _give_up, weakref.ref(answer.raw))
+            self._bodies[answer.raw] = time.monotonic(), 0
+            self._look_later()
         return answer
 
-    def _seconds(self, headers: Any) -> float:
-        size = max(int(headers.get(name) or 0) for name in SIZES)
-        return SILENCES * float(self._timeout.sock_read) + size / SLOWEST
+    @property
+    def _window(self) -> float:
+        return SILENCES * float(self._timeout.sock_read)
 
+    def _look_later(self) -> None:
+        if self._bodies and not self._looking:
+            self._looking = True
+            asyncio.get_running_loop().call_later(self._window / 2, self._look)
 
-def _give_up(reference: weakref.ref[aiohttp.ClientResponse]) -> None:
-    response = reference()
-    if response is not None and not response.closed:
-        response.close()
+    def _look(self) -> None:
+        self._looking, now = False, time.monotonic()
+        for response, (since, before) in list(self._bodies.items()):
+            received = response.content.total_bytes
+            if response.closed:
+                del self._bodies[response]
+            elif now - since >= self._window and received - before < self._window * SLOWEST:
+                error = aiohttp.ClientPayloadError(f"{received - before} bytes in {now - since:.1f} s")
+                response.content.set_exception(error)
+                response.close()
+            elif now - since >= self._window:
+                self._bodies[response] = now, received
+        self._look_later()

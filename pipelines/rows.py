@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mrcnn.preprocess import resize_image, resized_size
 from pipelines.config import Encoding
@@ -61,7 +62,6 @@ def make_row(picture: Picture, part: Part, scale: Scale, encoding: Encoding) -> 
     source = window.height, window.width
     size = scale.size(*source)
     whole = picture.pixels.shape[:2]
-    pixels = np.ascontiguousarray(pixels)
     tile = None
     if source != whole:
         tile = {"image_id": picture.image_id, "y": window.y, "x": window.x, "height": whole[0], "width": whole[1]}
@@ -73,15 +73,23 @@ def make_row(picture: Picture, part: Part, scale: Scale, encoding: Encoding) -> 
         "source_height": source[0],
         "source_width": source[1],
         "encoding": encoding,
-        "image": _drawn(pixels, size) if encoding == "raw" else encode(resize_image(pixels, *size), encoding),
+        "image": _drawn(pixels, size) if encoding == "raw" else _encoded(pixels, size, encoding),
         "instances": scale_instances(part.instances, Scaling(source, size)),
         "tile": tile,
     }
 
 
 def _drawn(pixels: Pixels, size: tuple[int, int]) -> Drawn:
-    """Pixels that are resized into the file."""
-    return Drawn(size[0] * size[1] * 3, lambda out: resize_image(pixels, *size, out=out.reshape(*size, 3)))
+    """Pixels that are resized into the file. Until then they are a view: of all tiles, one at a time is copied."""
+
+    def draw(out: NDArray[np.uint8]) -> None:
+        resize_image(np.ascontiguousarray(pixels), *size, out=out.reshape(*size, 3))
+
+    return Drawn(size[0] * size[1] * 3, draw)
+
+
+def _encoded(pixels: Pixels, size: tuple[int, int], encoding: Encoding) -> bytes:
+    return encode(resize_image(np.ascontiguousarray(pixels), *size), encoding)
 
 
 def tile_id(image_id: int, y: int, x: int) -> int:

@@ -34,7 +34,7 @@ from pipelines.validate import AnnotationError, to_instance
 PROGRESS = "_progress"
 READ_THREADS = 4  # hide the latency of S3, or of a mounted one
 READ_AHEAD = 8  # compressed images in memory
-READ_TOGETHER = 4  # of them, by a thread that reads files: to wake it for each takes longer than a disk's cache
+READ_TOGETHER = 4  # files, by each of the threads: to wake it for one takes longer than a disk's cache; so 24 in memory
 TOGETHER = 8  # images that take a step together, unless they are large
 TOGETHER_BYTES = 16 * 2**20  # of their pixels
 ROWS_TOGETHER = 32
@@ -175,14 +175,13 @@ class _ShardTask:
         if not self.settings.images.is_local:
             yield from prefetched(read, records, threads=READ_THREADS, ahead=READ_AHEAD)
             return
-        together = batched(records, READ_TOGETHER)
-        ahead = READ_AHEAD // READ_TOGETHER
-        for some in prefetched(lambda some: [*map(read, some)], together, threads=READ_THREADS, ahead=ahead):
+        together, threads = batched(records, READ_TOGETHER), READ_THREADS
+        for some in prefetched(lambda some: [*map(read, some)], together, threads=threads, ahead=threads):
             yield from some
 
     def _rows(self, images: list[OpenedRecord]) -> Iterator[tuple[dict[str, Any], ...]]:
         """For each image, or tile of one, its row at every scale; none of an image that is rejected."""
-        while images:  # none is held longer than its rows
+        while images:  # none is held longer than the rows that are made of it
             yield from self._image_rows(images.pop(0))
 
     def _image_rows(self, opened: OpenedRecord) -> Iterator[tuple[dict[str, Any], ...]]:

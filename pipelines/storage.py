@@ -16,6 +16,7 @@ from typing import Any
 
 import fsspec
 
+from pipelines import s3_objects
 from pipelines.filesystems import filesystem, is_conflict
 from pipelines.local_files import held_part, lock, nameless_file, remove_empty, rename
 from pipelines.storage_errors import (
@@ -27,8 +28,6 @@ from pipelines.storage_errors import (
     plain_errors,
 )
 
-# Bytes, S3's bound. Parts of a larger file would stay, unseen but paid for, when their writer dies.
-SINGLE_PUT = 5 * 2**30
 CHANGES = ("mtime", "etag", "md5Hash")  # what listings have that changes with a file: of disks, Azure and Google
 DELETED_AT_ONCE = 1000  # S3's bound
 CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".png": "image/png"}  # browsers show them, and save others
@@ -75,8 +74,8 @@ class Store:
     def read_bytes(self, name: str) -> bytes:
         """A whole file. Raises FileRefusedError where it alone is refused."""
         try:
-            if self.uri.startswith("s3://"):  # in one request: to read in parts s3fs first asks for the size
-                return self._call("cat_file", name, max_concurrency=1)
+            if self.uri.startswith("s3://"):
+                return s3_objects.get(f"{self._root}/{check_name(name)}")
             if not self.is_local:
                 return self._call("cat_file", name)
             with plain_errors(self.uri_of(name)):  # an image a millisecond: fsspec takes as long as the disk
@@ -135,19 +134,12 @@ class Store:
             return
         with nameless_file() as part:
             yield part
-            self._put(part, name)
-
-    def _put(self, file: Path, name: str) -> None:
-        if not self.uri.startswith("s3://"):
+            path = f"{self._root}/{check_name(name)}"
+            if self.uri.startswith("s3://"):
+                s3_objects.put(part, path)
+                return
             with plain_errors(self.uri_of(name)):
-                self._fs.put_file(str(file), f"{self._root}/{check_name(name)}")
-            return
-        bucket, _, key = f"{self._root}/{check_name(name)}".partition("/")
-        if (size := file.stat().st_size) > SINGLE_PUT:
-            raise ValueError(f"{self.uri_of(name)} has {size} bytes, S3 takes 5 GiB: give fewer --rows-per-shard")
-        # botocore, which tries it again, sends the file from its start; s3fs would send what is left of it
-        with plain_errors(self.uri_of(name)), file.open("rb") as body:
-            filesystem("s3", once=True).call_s3("put_object", Bucket=bucket, Key=key, Body=body)
+                self._fs.put_file(str(part), path)
 
     @contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
@@ -274,7 +266,7 @@ class Store:
             if found[name]["type"] == "directory" or followed:
                 yield from self._list_folder(f"{folder}{name}/", seen)
             else:
-                change = next((found[name][key] for key in CHANGES if key in found[name]), "")
+                change = next((found[name][key] for key in CHANGES if found[name].get(key)), "")
                 yield f"{folder}{name}", int(found[name]["size"] or 0), str(change)
 
     def _list_s3(self) -> Iterator[tuple[str, int, str]]:

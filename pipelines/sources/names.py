@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -53,11 +54,19 @@ def links_outside(images: Images, name: str) -> bool:
     """
     if not isinstance(images, Store) or not images.is_local:
         return False
-    below = accumulate(name.split("/"), "{}/{}".format)
-    if not any(os.path.islink(f"{images.uri}/{each}") for each in below):  # as nearly always, and soon found out
+    parts = PurePosixPath(name).parts  # as they are opened
+    below = accumulate(parts[1:], os.path.join, initial=os.path.join(images.uri, *parts[:1]))
+    if ".." not in parts and not any(map(_may_be_link, below)):  # as nearly always, and soon found out
         return False
     root, path = os.path.realpath(images.path), os.path.realpath(images.path / name)
     return os.path.commonpath([root, path]) != root
+
+
+def _may_be_link(path: str) -> bool:
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return True
 
 
 def unfollowed_folders(images: Store, *, follow_links: bool) -> list[Reject]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from PIL import Image
 from pipelines import shard_task
 from pipelines.config import BuildConfig
 from pipelines.direct_file import ROOM
+from pipelines.rows import Picture, Scale, make_row
 from pipelines.schema import SHARD
 from pipelines.shards import SMALL_WRITES, Drawn, ShardWriter, checksum
 from pipelines.sources.reading import OpenedRecord, open_record
+from pipelines.storage import open_store
+from pipelines.tiling import Tiling, parts
 
 SIZES = [0, 1, 100, SMALL_WRITES - 1, SMALL_WRITES, SMALL_WRITES + 1, 1_000_003, ROOM - 1, ROOM, ROOM + 1, 2 * ROOM]
 INSTANCE = {
@@ -104,3 +108,14 @@ def test_few_decoded_images_are_held_and_large_ones_alone(
     summary = build_here(BuildConfig(images=images, out=str(tmp_path / "out"), format="images", shorter_side=40))
     assert summary.totals.rows == len(held) == 3 * shard_task.TOGETHER
     assert max(held) == most
+
+
+def test_tiles_are_views_until_they_are_written(tmp_path: Path) -> None:
+    picture = Picture(1, "a.png", np.zeros((1000, 1000, 3), np.uint8))
+    scale, tiling = Scale(open_store(str(tmp_path)), 100, 200), Tiling(256, 128, 0.0)
+    tracemalloc.start()
+    rows = [make_row(picture, part, scale, "raw") for part in parts((1000, 1000), [], tiling)]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(rows) > 30
+    assert peak < 256 * 256 * 3

@@ -87,6 +87,8 @@ def test_links_that_lead_out_are_followed_only_when_told(tmp_path: Path) -> None
     assert not links_outside(open_store("s3://bucket/images"), "away/secret.png")
     store = open_store(str(images))
     through = {"folder/back/real.png": False, "folder/back/out.png": True, "folder/back/away/secret.png": True}
+    through |= {"./" * 2100 + "out.png": True, ".//" * 1400 + "away/secret.png": True, "./" * 2100 + "real.png": False}
+    through |= {"folder/../../elsewhere/secret.png": True, "./in.png": False, "": False}
     assert {name: links_outside(store, name) for name in through} == through
 
 

@@ -233,7 +233,7 @@ def test_a_large_file_is_sent_from_the_disk(s3: str) -> None:
 
 
 def test_a_file_that_is_too_large_for_one_upload_is_told(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.storage.SINGLE_PUT", 10)
+    monkeypatch.setattr("pipelines.s3_objects.SINGLE_PUT", 10)
     store = open_store(f"{s3}/too-large")
     told = pytest.raises(ValueError, match=r"too-large/file has 11 bytes, .*: give fewer --rows-per-shard")
     with told, store.new_file("file") as part:
