@@ -21,7 +21,7 @@ from pipelines.toy import make_toy_data
 pytestmark = pytest.mark.drill
 
 SEED = 20
-SHARDS = 20
+SHARDS = 32
 PATIENCE = 300.0
 
 
@@ -31,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> BuildConfig:
     made = make_toy_data(str(tmp_path_factory.mktemp("data")), images=2 * SHARDS, seed=6, size=96)
     return BuildConfig(
         images=made.images_uri, annotations=made.annotations_uri, out="/replace/this",
-        shorter_side=900, longer_side=1500, encoding="png", rows_per_shard=2,
+        shorter_side=1300, longer_side=2200, encoding="png", rows_per_shard=2,
     )  # fmt: skip
 
 
@@ -62,8 +62,8 @@ def start(config: BuildConfig) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def kill_when(config: BuildConfig, ready: Callable[[set[str]], bool], wait: float) -> bool:
-    """Run the command, kill it some time after its folder is ready for that; whether it was still at work."""
+def kill_when(config: BuildConfig, ready: Callable[[set[str]], bool], wait: float) -> None:
+    """Run the command, kill it at work, some time after its folder is ready for that."""
     process, store = start(config), open_store(config.out)
     try:
         deadline = time.monotonic() + PATIENCE
@@ -74,8 +74,8 @@ def kill_when(config: BuildConfig, ready: Callable[[set[str]], bool], wait: floa
         at_work = process.poll() is None
     finally:
         kill_all(process.pid)
-        process.communicate()
-    return at_work
+        said, _ = process.communicate()
+    assert at_work, f"too late: let the build take longer, or see what is wrong:\n{said}"
 
 
 def receipts(names: set[str]) -> int:
@@ -93,7 +93,7 @@ def test_killed_builds_are_finished(
         (lambda names: receipts(names) > SHARDS // 2, chance.uniform(0, 0.4)),
     ]
     for ready, wait in moments:
-        assert kill_when(config, ready, wait), "too late: let the build take longer"
+        kill_when(config, ready, wait)
         visible = {name: sum_ for name, sum_ in checksums(out).items() if not name.startswith((".", PROGRESS))}
         assert visible.items() <= expected.items(), "what has its name is complete"
         assert "manifest.json" not in visible
