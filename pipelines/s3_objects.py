@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from s3fs.core import S3_RETRYABLE_ERRORS
+
 from pipelines.filesystems import BODY_ATTEMPTS, filesystem
-from pipelines.storage_errors import UnreachableError, plain_errors
+from pipelines.storage_errors import plain_errors
 
 SINGLE_PUT = 5 * 2**30  # bytes, S3's bound. Parts of a larger file would stay, unseen but paid for, if its writer died
 
@@ -18,14 +20,14 @@ SINGLE_PUT = 5 * 2**30  # bytes, S3's bound. Parts of a larger file would stay, 
 def get(path: str) -> bytes:
     """The bytes of bucket/key. Raises as `Store` does."""
     once = filesystem("s3", once=True)
-    for attempt in range(1, BODY_ATTEMPTS + 1):
-        try:
-            with plain_errors(f"s3://{path}"):
+    with plain_errors(f"s3://{path}"):
+        for attempt in range(1, BODY_ATTEMPTS + 1):
+            try:
                 return once.cat_file(path, max_concurrency=1)
-        except UnreachableError:  # or botocore, which has tried the request again, had its answer and then not its body
-            if attempt == BODY_ATTEMPTS:
-                raise
-            time.sleep(0.1 * 2**attempt)
+            except S3_RETRYABLE_ERRORS:  # botocore has tried the request again, but not to read the body of an answer
+                if attempt == BODY_ATTEMPTS:
+                    raise
+                time.sleep(0.1 * 2**attempt)
     raise AssertionError("it has returned or raised")
 
 
