@@ -3,8 +3,8 @@ own way with Pillow, on the same images.
 
 What is timed in this process takes turns, in CPU seconds: what else the machine does then hardly counts. The pipelines
 run as they do for a user, on so many CPUs, twice: with enough images that all CPUs have work, and with more. The time
-between the two is that of the further images, without the start of Ray's workers. Our decoding and resizing alone takes
-turns with them: a core is not as fast in one minute as in the next.
+between the two is that of the further images, without the start of Ray's workers. Our decoding and resizing alone, on
+all of these CPUs at once, takes turns with them: a core is not as fast in one minute as in the next, nor beside others.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import cv2
 import numpy as np
 import PIL
 import psutil
+import ray
 import ray.data
 import simplejpeg
 import torch
@@ -70,7 +71,8 @@ class Rate:
     peak_mb: float | None = None
     """Largest sum of the memory that Ray's worker processes have for themselves; None where it was not looked at"""
     beside: float | None = None
-    """Of a pipeline: of our decoding and resizing alone, before and after each of its runs"""
+    """Of a pipeline: of our decoding and resizing alone on all its CPUs at once, a CPU second, before and after each of
+    its runs"""
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,8 @@ def run_data_benchmark(
         long = {what: copied(files, folder / f"long-{n}", few + n) for what, n in more.items()}
         rates = _single(files, short, folder, repeats)
         with ray_session(cpus):
-            data = [file.read_bytes() for file in files]
             for what, run in ((PIPELINE, _build_raw), (PEER, _ray_data_with_pillow)):
-                further = Further(cpus, more[what], min(repeats, MOST_PIPELINES), data)
+                further = Further(cpus, more[what], min(repeats, MOST_PIPELINES), files)
                 rates.append(_pipeline(what, run, (short, long[what]), folder / "pipeline", further))
             sizes = {f"stored as {encoding}": _stored(once, folder / encoding, encoding) for encoding in ENCODINGS}
         sizes = {"as they come": statistics.mean(file.stat().st_size for file in files)} | sizes
@@ -216,11 +217,19 @@ def _each(function: Callable[[bytes], object], data: Sequence[bytes]) -> int:
     return len(data)
 
 
-def _speed(function: Callable[[bytes], object], data: Sequence[bytes]) -> float:
-    """Images a CPU second of this process."""
+def _beside(further: Further) -> float:
+    """Images a CPU second of our decoding and resizing, where all CPUs do it."""
+    speed = ray.remote(num_cpus=1)(_speed)
+    return statistics.mean(ray.get([speed.remote(further.files) for _ in range(further.cpus)]))
+
+
+def _speed(files: Sequence[Path]) -> float:
+    use_one_thread()
+    data = [file.read_bytes() for file in files]
+    _each(_ours, data)  # warms up
     start, images = time.process_time(), 0
     while time.process_time() < start + BESIDE_SECONDS:
-        images += _each(function, data)
+        images += _each(_ours, data)
     return images / (time.process_time() - start)
 
 
@@ -284,7 +293,7 @@ class Further:
     cpus: int
     images: int
     repeats: int
-    data: Sequence[bytes]
+    files: Sequence[Path]
     """Images for what is measured beside it"""
 
 
@@ -293,11 +302,11 @@ def _pipeline(
 ) -> Rate:
     with _peak_of_workers() as peak:  # not while it is timed: to look into all processes takes a third of a CPU
         _seconds(run, sources[1], out)
-    turns, beside = [], [_speed(_ours, further.data)]
+    turns, beside = [], [_beside(further)]
     for _ in range(further.repeats):
         for images in sources:
             turns.append(_seconds(run, images, out))
-            beside.append(_speed(_ours, further.data))
+            beside.append(_beside(further))
     shutil.rmtree(out)
     pairs = list(zip(turns[::2], turns[1::2], strict=True))
     seconds, cpu_seconds = (statistics.median(more[i] - less[i] for less, more in pairs) for i in range(2))
