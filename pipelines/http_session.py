@@ -1,4 +1,4 @@
-"""An HTTP session for S3 that gives up answers which come too slowly.
+"""An HTTP session for S3 that gives up what is sent and answers that come too slowly.
 
 aiohttp bounds the time without a byte: an answer of one byte a second would take for ever. What is sent it does not
 bound at all.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import aiohttp
@@ -17,14 +19,13 @@ from botocore.exceptions import ReadTimeoutError
 
 SLOWEST = 10_000  # bytes a second
 SILENCES = 3  # of the longest that is borne, in which an answer has to come, or as much of its body
+IN_FLIGHT = 4 * 2**20  # bytes that may have been read of a file and still wait here to be sent
+LOOKS = 8  # at how much has been read, in the time that is allowed for this
 SIZES = ("Content-Length", "X-Amz-Decoded-Content-Length")  # the latter over TLS, where checksums come after the bytes
 
 
 class BoundedSession(AIOHTTPSession):
-    """Raises, or has the reader of a body raise, what is tried again as after a silence or a broken connection.
-
-    Of what is sent it knows but the size, and bounds the whole time: that of a large file by hours.
-    """
+    """Raises, or has the reader of a body raise, what is tried again as after a silence or a broken connection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -36,9 +37,13 @@ class BoundedSession(AIOHTTPSession):
     async def send(self, request: Any) -> Any:
         """As aiobotocore's, but not for ever."""
         size = max(int(request.headers.get(name) or 0) for name in SIZES)
+        body = getattr(request.body, "_raw", request.body)  # over TLS it is wrapped
+        watched = size > IN_FLIGHT and hasattr(body, "tell")
+        seconds = self._window + (IN_FLIGHT if watched else size) / SLOWEST
         try:
-            async with asyncio.timeout(self._window + size / SLOWEST):
-                answer = await super().send(request)
+            async with asyncio.timeout(seconds) as bound:
+                with _prolonged(bound, seconds, body) if watched else nullcontext():
+                    answer = await super().send(request)
         except TimeoutError as error:
             raise ReadTimeoutError(endpoint_url=request.url, error=error) from None
         if request.stream_output:
@@ -68,3 +73,23 @@ class BoundedSession(AIOHTTPSession):
             elif now - since >= self._window:
                 self._bodies[response] = now, received
         self._look_later()
+
+
+@contextmanager
+def _prolonged(bound: asyncio.Timeout, seconds: float, file: Any) -> Iterator[None]:
+    """Allow so many seconds more whenever IN_FLIGHT bytes more of a file have been read, for they are read as they can
+    be sent."""
+
+    async def look() -> None:
+        before = file.tell()
+        while True:
+            await asyncio.sleep(seconds / LOOKS)
+            if (now := file.tell()) - before >= IN_FLIGHT and not bound.expired():
+                before = now
+                bound.reschedule(asyncio.get_running_loop().time() + seconds)
+
+    looking = asyncio.create_task(look())
+    try:
+        yield
+    finally:
+        looking.cancel()

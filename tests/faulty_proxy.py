@@ -16,11 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-Fault = Literal["500", "503", "403", "drop", "lose", "cut", "stall", "slow", "drip"]
+Fault = Literal["500", "503", "403", "drop", "lose", "cut", "stall", "slow", "drip", "choke", "sip"]
 """500 InternalError, 503 SlowDown or 403 AccessDenied instead of an answer; drop: close the connection before asking
 the server; lose: ask it, but close before answering; cut: close in the middle of the body; stall: send half of the
 body, then nothing; slow: half of the body, a second, the other half; drip: half of it,
-then a byte each DRIP_SECONDS"""
+then a byte each DRIP_SECONDS; choke: take half of what is sent, then nothing; sip: a megabyte of it each
+SIP_SECONDS, but at once its last GULP"""
 
 Decide = Callable[[str, str, int], Fault | None]
 """Of a method, a path (/bucket/key) and how often this pair has come before, whatever the order of others"""
@@ -28,6 +29,8 @@ Decide = Callable[[str, str, int], Fault | None]
 CODES = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied"}
 UNTIL_GONE = 30.0
 DRIP_SECONDS = 0.2
+SIP_SECONDS = 0.15
+GULP = 20_000_000  # what is sent waits in buffers: the sender is done with all of it before it has left
 
 
 class FaultyProxy(ThreadingHTTPServer):
@@ -74,16 +77,29 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _serve(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server.fault(self.command, unquote(urlsplit(self.path).path))
-        if fault == "drop":
+        body = self._taken(int(self.headers.get("Content-Length", 0)), fault)
+        if fault in ("drop", "choke"):
             self.close_connection = True
         elif fault in CODES:
             self._refuse(fault)
         else:
-            self._answer(*self._ask(body), fault)
+            self._answer(*self._ask(body), None if fault == "sip" else fault)
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _serve  # noqa: N815
+
+    def _taken(self, size: int, fault: Fault | None) -> bytes:
+        if fault == "choke":
+            self.rfile.read(size // 2)
+            self.server.closing.wait(UNTIL_GONE)
+            return b""
+        if fault == "sip":
+            sips = []
+            for _ in range(0, size - GULP, 10**6):
+                time.sleep(SIP_SECONDS)
+                sips.append(self.rfile.read(10**6))
+            return b"".join([*sips, self.rfile.read(size - 10**6 * len(sips))])
+        return self.rfile.read(size)
 
     def _refuse(self, status: str) -> None:
         text = f"<Error><Code>{CODES[status]}</Code><Message>of the faulty proxy</Message></Error>".encode()

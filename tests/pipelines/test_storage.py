@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_proxy import faulty_proxy
+from faulty_proxy import Fault, faulty_proxy
 
 from pipelines import local_files
 from pipelines.storage import open_store, read_uri
@@ -230,6 +230,25 @@ def test_a_large_file_is_sent_from_the_disk(s3: str) -> None:
     tracemalloc.stop()
     assert peak < 16 * 2**20
     assert store.size("file") == 120 * 2**20
+
+
+@pytest.mark.parametrize(("fault", "puts"), [("choke", 2), ("sip", 1)])
+def test_an_upload_may_be_slow_but_not_stand_still(
+    s3: str, monkeypatch: pytest.MonkeyPatch, fault: Fault, puts: int
+) -> None:
+    """The time allowed, of 3 seconds here, begins anew with each part that is taken."""
+    monkeypatch.setenv("MRCNN_S3_READ_SECONDS", "2")
+    monkeypatch.setattr("pipelines.http_session.SILENCES", 1)
+    monkeypatch.setattr("pipelines.http_session.SLOWEST", 4_000_000)
+    store, size = open_store(f"{s3}/{fault}"), 50 * 2**20
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], lambda method, path, nth: None if nth else fault) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        start = time.monotonic()
+        with store.new_file("file") as part, part.open("wb") as file:
+            file.truncate(size)
+        assert [(method, times) for (method, _), times in proxy.seen.items()] == [("PUT", puts)]
+        assert time.monotonic() - start < 13, "by its size alone it would have 15 seconds for each"
+        assert store.size("file") == size
 
 
 def test_a_file_that_is_too_large_for_one_upload_is_told(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
