@@ -1,4 +1,4 @@
-"""An HTTP session for S3 that gives up what is sent and answers that come too slowly.
+"""An HTTP session for S3 that gives up uploads and answers that are too slow.
 
 aiohttp bounds the time without a byte: an answer of one byte a second would take for ever. What is sent it does not
 bound at all.
