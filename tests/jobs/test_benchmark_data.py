@@ -59,6 +59,7 @@ def test_made_images_are_of_coco_s_kind(tmp_path: Path) -> None:
     assert [file.read_bytes() for file in files] == [file.read_bytes() for file in again]
 
 
+@pytest.mark.drill
 def test_the_benchmark_runs_and_reports(folder: Path, ray_cluster: None) -> None:
     report = run_data_benchmark(str(folder), cpus=1, repeats=1, shards=3)
     assert (report.rates[0].what, report.rates[-2].what) == (PILLOW, PIPELINE)

@@ -47,6 +47,7 @@ def folder(tmp_path: Path) -> Path:
     return images
 
 
+@pytest.mark.drill
 def test_the_benchmark_runs_and_reports(folder: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_predict, "SMALLEST_CHUNK", 2)
     monkeypatch.setattr(benchmark_predict, "further_speed", lambda *runs: 2.0)

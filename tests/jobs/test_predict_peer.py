@@ -129,6 +129,7 @@ def photographs(folder: Path) -> list[Path]:
     return sorted((folder / "val2017").glob("*.jpg"))[:: 50 // PHOTOGRAPHS][:PHOTOGRAPHS]
 
 
+@pytest.mark.drill
 @pytest.mark.coco100
 def test_torchvisions_results_and_average_precision(
     peer: TorchvisionMaskRCNN, coco100: Path, ray_cluster: None, tmp_path: Path

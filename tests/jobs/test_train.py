@@ -76,6 +76,7 @@ def test_the_numbers_are_those_of_the_exported_model(whole: TrainSummary, job: T
     assert metrics.box["AP"] == pytest.approx(whole.outcome.metrics["val/box_AP"], abs=1e-9)
 
 
+@pytest.mark.drill
 def test_a_resumed_run_ends_with_the_same_bits(whole: TrainSummary, job: TrainJob, tmp_path: Path) -> None:
     local = replace(job, storage=str(tmp_path), run="halves")
     train(local, replace(CONFIG, steps=20))

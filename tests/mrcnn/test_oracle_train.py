@@ -57,7 +57,7 @@ IN_CI = [
     Case(TV_MASK, ("6818",), "arange"),
     Case(TV_KEYPOINT, ("87038",), "seed0"),
     Case(D2_MASK, ("17627",), "seed0"),
-    Case(D2_C4, ("17627",), "arange"),
+    pytest.param(Case(D2_C4, ("17627",), "arange"), marks=pytest.mark.drill),
     Case(D2_KEYPOINT, ("87038",), "arange"),
 ]
 ALL = [
