@@ -82,6 +82,11 @@ class Orders:
         self._looked_at, self._looked_step, self._next_step = time.monotonic(), step, step + ahead
         return order
 
+    def wait_for_all(self) -> None:
+        """Wait until every rank calls it, too."""
+        if self._world_size > 1:
+            dist.barrier(group=self._group)
+
     def _told(self) -> Order:
         if self._rank == 0 and self._request.is_made():
             return Order.STOP

@@ -239,6 +239,7 @@ class _Worker:
                 self._save()
             self.meter.restart()
         if order is Order.RESTART:
+            self.orders.wait_for_all()  # Ray kills them all at the first error: rank 0 might be saving still
             raise WorkersEndedError("a training worker was told to end (SIGTERM); the others ended with it")
         return order
 

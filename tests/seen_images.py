@@ -17,6 +17,8 @@ from typing import Any
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
 FOLDER = "MRCNN_TEST_SEEN"
+SAVE_SECONDS = "MRCNN_TEST_SAVE_SECONDS"
+"""That a checkpoint's writing takes longer"""
 TESTS = Path(__file__).parent
 
 
@@ -73,6 +75,20 @@ def record() -> None:
                 yield batch
 
     jobs.worker._Worker._stream = stream  # type: ignore[method-assign]
+    if seconds := os.environ.get(SAVE_SECONDS):
+        _slow_down_saving(float(seconds))
+
+
+def _slow_down_saving(seconds: float) -> None:
+    import jobs.checkpoint
+
+    original = jobs.checkpoint.Checkpoints.save
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return original(*args, **kwargs)
+
+    jobs.checkpoint.Checkpoints.save = save  # type: ignore[method-assign]
 
 
 def _node() -> str:
