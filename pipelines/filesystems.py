@@ -23,18 +23,17 @@ ATTEMPTS = 4  # of a request, with exponential backoff: 500, 503, timeouts, drop
 BODY_ATTEMPTS = 5  # of reading what an answer holds, each with requests of its own
 
 
-def filesystem(scheme: str, *, hurried: bool = False, once: bool = False) -> Any:
-    """fsspec's file system for a scheme, with the settings of the environment; `hurried` ones give up within seconds,
-    and those that do it `once` leave it to botocore to try again.
+def filesystem(scheme: str, *, hurried: bool = False) -> Any:
+    """fsspec's file system for a scheme, with the settings of the environment; `hurried` ones give up within seconds.
 
     Raises ValueError for a setting that is nonsense.
     """
     settings = sorted((key, value) for key, value in os.environ.items() if key.startswith(("AWS_", "MRCNN_S3_")))
-    return _filesystem_for(scheme, tuple(settings), os.getpid(), hurried, once)
+    return _filesystem_for(scheme, tuple(settings), os.getpid(), hurried)
 
 
 @functools.lru_cache(maxsize=8)
-def _filesystem_for(scheme: str, settings: tuple[tuple[str, str], ...], process: int, hurried: bool, once: bool) -> Any:
+def _filesystem_for(scheme: str, settings: tuple[tuple[str, str], ...], process: int, hurried: bool) -> Any:
     """One connection pool for each process and state of the environment, which fsspec's own cache ignores."""
     del process
     if scheme != "s3":
@@ -51,7 +50,7 @@ def _filesystem_for(scheme: str, settings: tuple[tuple[str, str], ...], process:
     if custom:  # bucket.127.0.0.1 is no host
         config["s3"] = {"addressing_style": "path"}
     made = fsspec.filesystem("s3", config_kwargs=config, skip_instance_cache=True, use_listings_cache=False)
-    made.retries = 1 if hurried or once else BODY_ATTEMPTS
+    made.retries = 1  # botocore has tried again what s3fs would
     return made
 
 

@@ -1,14 +1,16 @@
-"""Whole S3 objects, each by one request that is tried again as often as it takes and no oftener.
+"""S3 objects, whole or a range of them, each by one request that is tried again as often as it takes and no oftener.
 
-s3fs would ask for the size before it reads one, and tries again by itself what botocore has tried again already; of a
-file that it sends, only what is left of it.
+botocore tries a request again, but not to read the body of an answer. s3fs tries both again, what botocore has tried
+already, too; it would ask for the size before it reads an object; of a file that it sends again, only what is left.
 """
 
 from __future__ import annotations
 
-import time
+import asyncio
 from pathlib import Path
+from typing import Any
 
+from fsspec.asyn import sync
 from s3fs.core import S3_RETRYABLE_ERRORS
 
 from pipelines.filesystems import BODY_ATTEMPTS, filesystem
@@ -19,15 +21,34 @@ SINGLE_PUT = 5 * 2**30  # bytes, S3's bound. Parts of a larger file would stay, 
 
 def get(path: str) -> bytes:
     """The bytes of bucket/key. Raises as `Store` does."""
-    once = filesystem("s3", once=True)
+    return _get(path, {})
+
+
+def get_range(path: str, start: int, length: int) -> bytes:
+    """`length` bytes, at least one, from byte `start` on."""
+    return _get(path, {"Range": f"bytes={start}-{start + length - 1}"})
+
+
+def _get(path: str, part: dict[str, str]) -> bytes:
+    fs = filesystem("s3")
+    bucket, _, key = path.partition("/")
     with plain_errors(f"s3://{path}"):
-        for attempt in range(1, BODY_ATTEMPTS + 1):
-            try:
-                return once.cat_file(path, max_concurrency=1)
-            except S3_RETRYABLE_ERRORS:  # botocore has tried the request again, but not to read the body of an answer
-                if attempt == BODY_ATTEMPTS:
-                    raise
-                time.sleep(0.1 * 2**attempt)
+        data: bytes = sync(fs.loop, _answered, fs, {"Bucket": bucket, "Key": key, **part})
+        return data
+
+
+async def _answered(fs: Any, request: dict[str, str]) -> bytes:
+    for attempt in range(1, BODY_ATTEMPTS + 1):
+        body = (await fs._call_s3("get_object", **request))["Body"]
+        try:
+            data: bytes = await body.read()
+            return data
+        except S3_RETRYABLE_ERRORS:
+            if attempt == BODY_ATTEMPTS:
+                raise
+        finally:
+            body.close()
+        await asyncio.sleep(0.1 * 2**attempt)
     raise AssertionError("it has returned or raised")
 
 
@@ -38,4 +59,4 @@ def put(file: Path, path: str) -> None:
         raise ValueError(f"{uri} has {size} bytes, S3 takes 5 GiB: give fewer --rows-per-shard")
     bucket, _, key = path.partition("/")
     with plain_errors(uri), file.open("rb") as body:
-        filesystem("s3", once=True).call_s3("put_object", Bucket=bucket, Key=key, Body=body)
+        filesystem("s3").call_s3("put_object", Bucket=bucket, Key=key, Body=body)

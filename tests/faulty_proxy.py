@@ -16,9 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-Fault = Literal["500", "503", "403", "drop", "lose", "cut", "stall", "slow", "drip", "choke", "sip"]
+Fault = Literal["500", "503", "403", "drop", "mute", "lose", "cut", "stall", "slow", "drip", "choke", "sip"]
 """500 InternalError, 503 SlowDown or 403 AccessDenied instead of an answer; drop: close the connection before asking
-the server; lose: ask it, but close before answering; cut: close in the middle of the body; stall: send half of the
+the server; mute: keep it open and say nothing; lose: ask it, but close before answering; cut: close in the middle of the body; stall: send half of the
 body, then nothing; slow: half of the body, a second, the other half; drip: half of it,
 then a byte each DRIP_SECONDS; choke: take half of what is sent, then nothing; sip: a megabyte of it each
 SIP_SECONDS, but at once its last GULP"""
@@ -79,7 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         fault = self.server.fault(self.command, unquote(urlsplit(self.path).path))
         body = self._taken(int(self.headers.get("Content-Length", 0)), fault)
-        if fault in ("drop", "choke"):
+        if fault == "mute":
+            self.server.closing.wait(UNTIL_GONE)
+        if fault in ("drop", "mute", "choke"):
             self.close_connection = True
         elif fault in CODES:
             self._refuse(fault)

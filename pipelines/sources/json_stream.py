@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.sources.memory import available_memory
-from pipelines.storage import Store
+from pipelines.storage import BLOCK, Store
 
-BLOCK = 8 << 20  # bytes of one request
 MARGIN = 64  # characters: nearer to the end of what was read, numbers and words may be cut
 MEMORY_FACTOR = 2.0  # of the file: its elements as text, what is beside them, and what they are sent to tasks with
 
@@ -42,8 +41,7 @@ def file_blocks(store: Store, name: str) -> Iterator[bytes]:
             f"{store.uri_of(name)} has {size / 1e6:.0f} MB, for which {need / 1e6:.0f} MB of memory are needed, but "
             f"{have / 1e6:.0f} MB are free: take a machine with more, or split the file by images"
         )
-    for start in range(0, size, BLOCK):
-        yield store.read_range(name, start, min(BLOCK, size - start))
+    yield from store.read_blocks(name, BLOCK)
 
 
 class JsonObject:

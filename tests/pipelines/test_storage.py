@@ -6,6 +6,7 @@ import fcntl
 import os
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from faulty_proxy import Fault, faulty_proxy
 
 from pipelines import local_files
+from pipelines.filesystems import ATTEMPTS, BODY_ATTEMPTS
 from pipelines.storage import open_store, read_uri
 from pipelines.storage_errors import FileRefusedError
 
@@ -205,6 +207,42 @@ def test_a_local_copy_to_read(root: str) -> None:
     store.write_bytes("large", data)
     with store.local_copy("large") as path:
         assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("fault", "requests"),
+    [("500", ATTEMPTS), ("drop", 2 * ATTEMPTS), ("mute", ATTEMPTS), ("cut", BODY_ATTEMPTS), ("stall", BODY_ATTEMPTS)],
+)
+def test_what_is_tried_again_is_not_tried_again_by_others(
+    s3: str, monkeypatch: pytest.MonkeyPatch, fault: Fault, requests: int
+) -> None:
+    """botocore, s3fs and this program have loops of their own; aiohttp, too, once, for connections that are closed."""
+    monkeypatch.setenv("MRCNN_S3_READ_SECONDS", "0.3")
+    store = open_store(f"{s3}/tried")
+    store.write_bytes("file", bytes(1000))
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], lambda *request: fault) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        for read in (partial(store.read_bytes, "file"), partial(store.read_range, "file", 3, 500)):
+            with pytest.raises(ValueError, match=r"tried/file cannot be reached"):
+                read()
+            assert list(proxy.seen.values()) == [requests]
+            proxy.seen.clear()
+        if fault not in ("cut", "stall"):
+            for ask in (partial(store.write_bytes, "file", b""), partial(store.size, "file"), store.check_folder):
+                with pytest.raises(ValueError, match=r"tried.* cannot be reached"):
+                    ask()
+                assert set(proxy.seen.values()) == {requests}
+                proxy.seen.clear()
+
+
+def test_a_range(root: str) -> None:
+    store = open_store(root)
+    store.write_bytes("file", bytes(range(200)))
+    assert store.read_range("file", 3, 5) == bytes(range(3, 8))
+    assert store.read_range("file", 199, 1) == bytes([199])
+    assert [list(block) for block in store.read_blocks("file", 90)] == [
+        list(range(90)), list(range(90, 180)), list(range(180, 200)),
+    ]  # fmt: skip
 
 
 def test_a_large_file_is_one_upload(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
