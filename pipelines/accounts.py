@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import BuildConfig
-from pipelines.manifest import Totals
+from pipelines.manifest import RejectList, Totals, reject_list
 from pipelines.records import (
     REJECTED_ANNOTATIONS,
     REJECTS,
@@ -22,6 +23,7 @@ from pipelines.records import (
     without_particulars,
 )
 from pipelines.shard_task import Receipt
+from pipelines.shards import UNREADABLE
 from pipelines.storage import Store
 
 REJECTS_FILE = "rejects.parquet"
@@ -60,10 +62,15 @@ class Accounts:
             dropped_parts=self.dropped_parts,
         )
 
-    def write_rejects(self, out: Store) -> None:
-        """Write the lists of all that was rejected."""
-        out.write_bytes(REJECTS_FILE, to_parquet(self.rejects, REJECTS))
-        out.write_bytes(REJECTED_ANNOTATIONS_FILE, to_parquet(self.rejected_annotations, REJECTED_ANNOTATIONS))
+    def write_rejects(self, out: Store) -> tuple[RejectList, ...]:
+        """Write the lists of all that was rejected. Returns what a manifest says of them."""
+        lists = {
+            REJECTS_FILE: to_parquet(self.rejects, REJECTS),
+            REJECTED_ANNOTATIONS_FILE: to_parquet(self.rejected_annotations, REJECTED_ANNOTATIONS),
+        }
+        for name, data in lists.items():
+            out.write_bytes(name, data)
+        return tuple(reject_list(name, data) for name, data in lists.items())
 
     def excess(self, config: BuildConfig) -> str | None:
         """Why this is not to be used, however the other shards turn out; None where it may be."""
@@ -111,7 +118,20 @@ def read_accounts(out: Store, totals: Totals) -> Accounts:
 
 
 def _read(out: Store, name: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(out.read_bytes(name)))
+    data = out.read_bytes(name)
+    with _damage_told(out, name):
+        return pq.read_table(io.BytesIO(data))
+
+
+@contextmanager
+def _damage_told(out: Store, name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{out.uri_of(name)} is missing: build the data again") from None
+    except UNREADABLE as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{out.uri_of(name)} is damaged ({told}): remove it and build the data again") from None
 
 
 def _share(rejected: int, inputs: int, what: str) -> str:
@@ -144,7 +164,7 @@ class Rejected:
 def rejected_in(out: Store, name: str) -> list[Rejected]:
     """What a list of rejects that lies there holds, most frequent reason first. The list is never in memory."""
     found: dict[str, Rejected] = {}
-    with out.local_copy(name) as path, pq.ParquetFile(path) as file:
+    with out.local_copy(name) as path, _damage_told(out, name), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(columns=["uri", "stage", "reason"]):
             for uri, stage, reason in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 shared = without_particulars(stage, reason)

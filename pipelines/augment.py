@@ -16,7 +16,7 @@ from mrcnn.preprocess import Resize, resize_image, resized_size
 from pipelines.dataset import Row
 from pipelines.order import image_random, image_seed
 from pipelines.rle import Window, segmentation_ends
-from pipelines.scaling import Scaling, scale_instance
+from pipelines.scaling import Scaling, scale_instances
 from pipelines.tiling import part_of
 
 Key = tuple[int, int, int]
@@ -97,7 +97,7 @@ def network_size(row: Row, network_input: InputConfig) -> tuple[int, int]:
 
 
 def resize_row(row: Row, size: tuple[int, int], resize: Resize) -> Row:
-    """The row with its image and instances at another size; unchanged if it is of that size."""
-    scaling = Scaling(row.size, size)
-    instances = [scale_instance(instance, scaling) for instance in row.instances]
+    """The row with its image and instances at another size; unchanged if it is of that size. Masks are resized, too:
+    see `scale_instances`."""
+    instances = scale_instances(row.instances, Scaling(row.size, size))
     return replace(row, image=resize_image(row.image, *size, resize), instances=instances)

@@ -27,7 +27,7 @@ from pipelines.accounts import (
     read_accounts,
     reasons_in,
 )
-from pipelines.build_folder import VERSIONS, check_free, claim, clear, forget, not_as_stated, tidy
+from pipelines.build_folder import SOURCE_REJECTS, VERSIONS, check_free, claim, clear, forget, not_as_stated, tidy
 from pipelines.config import BuildConfig
 from pipelines.manifest import LostError, Manifest, Totals
 from pipelines.records import ImageRecord, SourceData
@@ -35,7 +35,7 @@ from pipelines.rows import Scale
 from pipelines.schema import SCHEMA_VERSION
 from pipelines.shard_task import Receipt, ShardSettings, make_shard
 from pipelines.sources import SOURCES
-from pipelines.sources.names import versions_sha256
+from pipelines.sources.names import names_sha256, versions_sha256
 from pipelines.storage import Store, open_store
 from pipelines.tasks import run_tasks
 from pipelines.tiling import Tiling
@@ -203,6 +203,7 @@ def run_build(prepared: PreparedBuild) -> BuildSummary:
 def _plan(config: BuildConfig, source: SourceData, scale: Scale) -> dict[str, Any]:
     """All that the shards' bytes depend on."""
     versions = versions_sha256(source.records)
+    rejects = [f"{each.uri} {each.reason}" for each in source.rejects]
     return {
         "schema_version": SCHEMA_VERSION,
         "format": config.format,
@@ -210,6 +211,7 @@ def _plan(config: BuildConfig, source: SourceData, scale: Scale) -> dict[str, An
         "follow_links": config.follow_links,
         "annotations_sha256": source.sha256,
         **({VERSIONS: versions} if versions else {}),
+        **({SOURCE_REJECTS: names_sha256(rejects)} if rejects else {}),
         "shorter_side": scale.shorter_side,
         "longer_side": scale.longer_side,
         "tile": [config.tile, config.tile_overlap, config.tile_min_share] if config.tile else [],
@@ -266,13 +268,13 @@ def _conclude(prepared: PreparedBuild, folder: Folder, receipts: list[Receipt]) 
     out, accounts = folder.out, account(prepared.source, receipts, complete=True)
     if excess := accounts.excess(prepared.config):
         _refuse(out, excess, accounts)
-    accounts.write_rejects(out)
+    lists = accounts.write_rejects(out)
     shards = tuple(receipt.info for receipt in receipts)
     totals = accounts.totals()
     missing = not_as_stated(dict(out.entries()), shards)
     if missing or len(shards) != len(prepared.shards):
         raise LostError(f"{out.uri}: {missing or 'shards'} are not as they were written: run the same command again")
-    Manifest(prepared.source.categories, folder.plan, shards, totals).write(out)
+    Manifest(prepared.source.categories, folder.plan, shards, totals, reject_lists=lists).write(out)
 
 
 def _refuse(out: Store, excess: str, accounts: Accounts) -> NoReturn:

@@ -15,13 +15,14 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from pipelines.manifest import FILE_NAME, Manifest, ShardInfo
+from pipelines.manifest import FILE_NAME, Manifest, RejectList, ShardInfo
 from pipelines.prefetch import prefetched
 from pipelines.shard_task import PROGRESS, Receipt, receipt_name
 from pipelines.storage import Store
 
 PLAN = f"{PROGRESS}/build.json"
 VERSIONS = "file_versions_sha256"  # in a plan: of all files, where the source lists them
+SOURCE_REJECTS = "source_rejects_sha256"  # in a plan, where there are any
 SHARD = "shard-"  # how their names begin
 READ_THREADS, READ_AHEAD = 16, 64  # receipts are small and perhaps many: only latency counts
 
@@ -38,7 +39,7 @@ def check_free(out: Store, plan: dict[str, Any]) -> None:
 
 def _begun(plan: dict[str, Any]) -> dict[str, Any]:
     """What two runs of an unfinished build have in common: files may be mended between them, see `Receipt`."""
-    return {key: value for key, value in plan.items() if key != VERSIONS}
+    return {key: value for key, value in plan.items() if key not in (VERSIONS, SOURCE_REJECTS)}
 
 
 def claim(out: Store, plan: dict[str, Any], shards: Mapping[str, str]) -> dict[str, Receipt] | None:
@@ -57,7 +58,7 @@ def claim(out: Store, plan: dict[str, Any], shards: Mapping[str, str]) -> dict[s
     if theirs is None or (FILE_NAME not in sizes and out.exists(FILE_NAME)):
         return _claim_again(out, plan, shards=shards, created=created)
     _refuse_other(out, theirs, begun)
-    if FILE_NAME in sizes:  # shards have gone since: make the build again, and let nobody read it meanwhile
+    if FILE_NAME in sizes:  # shards or lists have gone since: make the build again, and let nobody read it meanwhile
         out.remove(FILE_NAME)
     return _receipts(out, sizes, shards)
 
@@ -80,12 +81,13 @@ def _is_finished(out: Store, plan: dict[str, Any], *, sizes: dict[str, int], sha
         return False
     manifest = Manifest.read(out)
     _refuse_other(out, manifest.build, plan)
-    return len(manifest.shards) == len(shards) and not not_as_stated(sizes, manifest.shards)
+    files: list[ShardInfo | RejectList] = [*manifest.shards, *manifest.reject_lists]
+    return len(manifest.shards) == len(shards) and not not_as_stated(sizes, files)
 
 
-def not_as_stated(sizes: dict[str, int], shards: Collection[ShardInfo]) -> list[str]:
-    """Names of the shards that are not there in their size."""
-    return [shard.name for shard in shards if sizes.get(shard.name) != shard.bytes]
+def not_as_stated(sizes: dict[str, int], files: Collection[ShardInfo | RejectList]) -> list[str]:
+    """Names of the files that are not there in their size."""
+    return [file.name for file in files if sizes.get(file.name) != file.bytes]
 
 
 def _refuse_unknown(out: Store, sizes: dict[str, int]) -> None:
@@ -95,7 +97,11 @@ def _refuse_unknown(out: Store, sizes: dict[str, int]) -> None:
 
 
 def _refuse_other(out: Store, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    different = [f"{key} {theirs.get(key)!r} there, {ours[key]!r} here" for key in ours if theirs.get(key) != ours[key]]
+    different = [
+        f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} here"
+        for key in dict.fromkeys([*ours, *theirs])
+        if (theirs.get(key) or None) != (ours.get(key) or None)  # what is not said is not set
+    ]
     if different:
         raise ValueError(
             f"{out.uri} holds another build ({'; '.join(different)}): choose another --out, or empty this one"

@@ -7,6 +7,7 @@ import logging
 import os
 from typing import Any
 
+import aiohttp
 import fsspec
 from botocore.exceptions import ClientError
 
@@ -16,6 +17,7 @@ from pipelines.http_session import BoundedSession
 for _name in ("botocore", "aiobotocore"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
+WEB = ("http", "https")
 CONNECT_SECONDS = 3
 HURRIED_SECONDS = 4.0
 READ_SECONDS = 20.0  # without a single byte; MRCNN_S3_READ_SECONDS sets another bound
@@ -36,6 +38,10 @@ def filesystem(scheme: str, *, hurried: bool = False) -> Any:
 def _filesystem_for(scheme: str, settings: tuple[tuple[str, str], ...], process: int, hurried: bool) -> Any:
     """One connection pool for each process and state of the environment, which fsspec's own cache ignores."""
     del process
+    if scheme in WEB:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+        client = {"timeout": timeout, "trust_env": True}  # proxies, as botocore takes them
+        return fsspec.filesystem(scheme, client_kwargs=client, encoded=True, skip_instance_cache=True)
     if scheme != "s3":
         return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
     names = {name for name, _ in settings}

@@ -224,7 +224,7 @@ class FileReader:
         if item.fault or item.image_id is None:
             return Reject(uri, None, "source", item.fault)
         with watch("reading"):
-            data = read_file(self.images, item.name, follow_links=False)
+            data = read_file(self.images, item.name, follow_links=False, max_pixels=self.max_pixels)
         if isinstance(data, str):
             return Reject(uri, item.image_id, "read", data)
         try:

@@ -22,6 +22,7 @@ from pipelines.accounts import REJECTED_ANNOTATIONS_FILE, REJECTS_FILE, reasons_
 from pipelines.manifest import Manifest, ShardInfo
 from pipelines.prefetch import prefetched
 from pipelines.schema import SHARD
+from pipelines.shards import UNREADABLE
 from pipelines.storage import Store, open_store
 
 COLUMNS = ("source_height", "source_width", "height", "width", "encoding", "instances")
@@ -185,7 +186,7 @@ def _read_shard(store: Store, shard: ShardInfo) -> pa.Table:
             table = reader.read_all()
     except FileNotFoundError:
         raise FileNotFoundError(f"{store.uri_of(shard.name)} is missing: run `mrcnn verify-data {store.uri}`") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{store.uri_of(shard.name)} is damaged ({error}): run `mrcnn verify-data {store.uri}`"
         ) from None

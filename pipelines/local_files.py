@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.storage_errors import full_disk_told, plain_errors
+from pipelines.storage_errors import UnfitFileError, full_disk_told, plain_errors
 
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # exFAT, some mounted buckets
 
@@ -23,6 +24,23 @@ def nameless_file() -> Iterator[Path]:
     folder = tempfile.gettempdir()
     with full_disk_told(Path(folder)), tempfile.TemporaryFile(dir=folder) as file:
         yield Path(f"/proc/self/fd/{file.fileno()}")
+
+
+def read_whole(path: str, at_most: int | None = None) -> bytes:
+    """The bytes of a file. Raises UnfitFileError for more than `at_most`, and for what is no file of a known size: a
+    pipe that nobody writes to would never end, a device never be done."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UnfitFileError(path, "not a regular file")
+        check_bytes(path, status.st_size, at_most)
+        return file.read()
+
+
+def check_bytes(uri: str, size: int, at_most: int | None) -> None:
+    """Raise UnfitFileError where a file has more bytes than may be read."""
+    if at_most is not None and size > at_most:
+        raise UnfitFileError(uri, f"file too large: {size} bytes, the bound is {at_most}")
 
 
 def open_to_write(path: Path, flags: int = 0) -> int:

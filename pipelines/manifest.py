@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import xxhash
+
 from mrcnn.structures import Category
 from pipelines.schema import SCHEMA_VERSION
 from pipelines.storage import Store
@@ -27,6 +29,21 @@ class ShardInfo:
     portrait: str = ""
     """Of shards one bit a row, as hex digits: whether it is taller than wide. So training groups rows without reading
     them."""
+
+
+@dataclass(frozen=True)
+class RejectList:
+    """One of the two lists of what was rejected."""
+
+    name: str
+    bytes: int
+    xxh128: str
+    """As of `ShardInfo`"""
+
+
+def reject_list(name: str, data: bytes) -> RejectList:
+    """What a manifest says of a list."""
+    return RejectList(name, len(data), xxhash.xxh3_128(data).hexdigest())
 
 
 class LostError(RuntimeError):
@@ -72,10 +89,13 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     totals: Totals
     schema_version: int = SCHEMA_VERSION
+    reject_lists: tuple[RejectList, ...] = ()
+    """None in manifests from before they were stated"""
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of all the rest: the identity of the data set."""
+        """sha256 of all but the lists of rejects: the identity of the data set. (Lists are Parquet, which names the
+        version of its writer.)"""
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
 
     def _content(self) -> dict[str, Any]:
@@ -90,7 +110,8 @@ class Manifest:
 
     def write(self, store: Store) -> None:
         """Write manifest.json, whole or not at all."""
-        content = {"digest": self.digest, **self._content()}
+        lists = [asdict(each) for each in self.reject_lists]
+        content = {"digest": self.digest, **self._content(), "reject_lists": lists}
         store.write_bytes(FILE_NAME, json.dumps(content, indent=1).encode())
 
     @classmethod
@@ -125,6 +146,7 @@ class Manifest:
             build=content["build"],
             shards=tuple(ShardInfo(**each) for each in content["shards"]),
             totals=Totals(**content["totals"]),
+            reject_lists=tuple(RejectList(**each) for each in content.get("reject_lists", ())),
         )
         if manifest.digest != content["digest"]:
             raise ValueError(f"{uri}/{FILE_NAME} was changed after it was written: build the data again")

@@ -77,7 +77,7 @@ class Images(Protocol):
     def uri_of(self, name: str) -> str:
         """Full URI of a file."""
 
-    def read_bytes(self, name: str) -> bytes:
+    def read_bytes(self, name: str, at_most: int | None = None) -> bytes:
         """A whole file; raises as `Store` does."""
 
 

@@ -14,14 +14,15 @@ from fsspec.asyn import sync
 from s3fs.core import S3_RETRYABLE_ERRORS
 
 from pipelines.filesystems import BODY_ATTEMPTS, filesystem
+from pipelines.local_files import check_bytes
 from pipelines.storage_errors import plain_errors
 
 SINGLE_PUT = 5 * 2**30  # bytes, S3's bound. Parts of a larger file would stay, unseen but paid for, if its writer died
 
 
-def get(path: str) -> bytes:
+def get(path: str, at_most: int | None = None) -> bytes:
     """The bytes of bucket/key. Raises as `Store` does."""
-    return _get(path, {})
+    return _get(path, {}, at_most)
 
 
 def get_range(path: str, start: int, length: int) -> bytes:
@@ -29,18 +30,20 @@ def get_range(path: str, start: int, length: int) -> bytes:
     return _get(path, {"Range": f"bytes={start}-{start + length - 1}"})
 
 
-def _get(path: str, part: dict[str, str]) -> bytes:
+def _get(path: str, part: dict[str, str], at_most: int | None = None) -> bytes:
     fs = filesystem("s3")
     bucket, _, key = path.partition("/")
     with plain_errors(f"s3://{path}"):
-        data: bytes = sync(fs.loop, _answered, fs, {"Bucket": bucket, "Key": key, **part})
+        data: bytes = sync(fs.loop, _read_object, fs, {"Bucket": bucket, "Key": key, **part}, at_most)
         return data
 
 
-async def _answered(fs: Any, request: dict[str, str]) -> bytes:
+async def _read_object(fs: Any, request: dict[str, str], at_most: int | None) -> bytes:
     for attempt in range(1, BODY_ATTEMPTS + 1):
-        body = (await fs._call_s3("get_object", **request))["Body"]
+        answer = await fs._call_s3("get_object", **request)
+        body = answer["Body"]
         try:
+            check_bytes(f"s3://{request['Bucket']}/{request['Key']}", answer.get("ContentLength", 0), at_most)
             data: bytes = await body.read()
             return data
         except S3_RETRYABLE_ERRORS:

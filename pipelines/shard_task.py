@@ -171,8 +171,9 @@ class _ShardTask:
         yield images
 
     def _read(self, records: list[ImageRecord]) -> Iterator[ReadRecord]:
-        read = partial(read_record, self.settings.images, follow_links=self.settings.follow_links)
-        if not self.settings.images.is_local:
+        settings = self.settings
+        read = partial(read_record, settings.images, follow_links=settings.follow_links, max_pixels=settings.max_pixels)
+        if not settings.images.is_local:
             yield from prefetched(read, records, threads=READ_THREADS, ahead=READ_AHEAD)
             return
         together, threads = batched(records, READ_TOGETHER), READ_THREADS

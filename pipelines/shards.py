@@ -23,6 +23,7 @@ from pipelines.manifest import ShardInfo
 from pipelines.schema import SHARD
 from pipelines.storage import Store
 
+UNREADABLE = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises where bytes are not what they should be
 READ_BYTES = 1024 * 1024
 SMALL_WRITES = 16 * 1024  # bytes of them that become one
 MAGIC = b"ARROW1"
@@ -220,7 +221,7 @@ class ShardReader:
         try:
             batch = pa.ipc.read_record_batch(pa.ipc.read_message(buffer), self._schema)
             batch.validate(full=True)  # else offsets that point anywhere are followed
-        except (pa.ArrowInvalid, OSError, EOFError) as error:
+        except (*UNREADABLE, EOFError) as error:
             raise self.damaged(f"row {row}: {error}") from None
         if batch.num_rows != 1:
             raise self.damaged(f"row {row}: {batch.num_rows} rows in its record batch")

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import fcntl
 import os
+import string
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 import fsspec
 
 from pipelines import s3_objects
-from pipelines.filesystems import filesystem, is_conflict
-from pipelines.local_files import held_part, lock, nameless_file, remove_empty, rename
+from pipelines.filesystems import ATTEMPTS, WEB, filesystem, is_conflict
+from pipelines.local_files import held_part, lock, nameless_file, read_whole, remove_empty, rename
 from pipelines.storage_errors import (
     LOGIN,
     FileRefusedError,
+    UnreachableError,
     endpoint_hint,
     full_disk_told,
     make_folder,
@@ -58,11 +62,16 @@ class Store:
 
     @property
     def _root(self) -> str:
-        return self.uri if self.is_local else self.uri.split("://", 1)[1]
+        """As fsspec names it: without its scheme, but a web address with it."""
+        return self.uri if self._scheme in ("file", *WEB) else self.uri.split("://", 1)[1]
+
+    @property
+    def _scheme(self) -> str:
+        return "file" if self.is_local else self.uri.split("://", 1)[0]
 
     @property
     def _fs(self) -> Any:
-        return filesystem("file" if self.is_local else self.uri.split("://", 1)[0])
+        return filesystem(self._scheme)
 
     def uri_of(self, name: str) -> str:
         """Full URI of a file."""
@@ -72,18 +81,30 @@ class Store:
         """The store of a folder below."""
         return Store(self.uri_of(name))
 
-    def read_bytes(self, name: str) -> bytes:
-        """A whole file. Raises FileRefusedError where it alone is refused."""
+    def read_bytes(self, name: str, at_most: int | None = None) -> bytes:
+        """A whole file. Raises FileRefusedError where it alone is refused, UnfitFileError where it is no file, or (on
+        disk and S3) one of more than `at_most` bytes."""
         try:
             if self.uri.startswith("s3://"):
-                return s3_objects.get(f"{self._root}/{check_name(name)}")
+                return s3_objects.get(f"{self._root}/{check_name(name)}", at_most)
+            if self._scheme in WEB:
+                return self._read_web(name)
             if not self.is_local:
                 return self._call("cat_file", name)
             with plain_errors(self.uri_of(name)):  # an image a millisecond: fsspec takes as long as the disk
-                return Path(self.uri_of(name)).read_bytes()
+                return read_whole(self.uri_of(name), at_most)
         except PermissionError as error:
-            self.check_folder()
+            if self._scheme not in WEB:  # which has no folders
+                self.check_folder()
             raise FileRefusedError(str(error)) from None
+
+    def _read_web(self, name: str) -> bytes:
+        """A file from a web server, of which fsspec asks once."""
+        for attempt in range(1, ATTEMPTS):
+            with suppress(UnreachableError):
+                return self._call("cat_file", name)
+            time.sleep(0.1 * 2**attempt)
+        return self._call("cat_file", name)
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """`length` bytes of a file from byte `start` on: one ranged request. Threads may call it at once."""
@@ -92,14 +113,18 @@ class Store:
         return self._call("cat_file", name, start=start, end=start + length)
 
     def read_blocks(self, name: str, length: int = BLOCK) -> Iterator[bytes]:
-        """A whole file in ranges of `length` bytes, the last one shorter."""
+        """A whole file in ranges of `length` bytes, the last one shorter; from a web server, which may know no ranges,
+        in one piece."""
+        if self._scheme in WEB:
+            yield self.read_bytes(name)
+            return
         size = self.size(name)
         for start in range(0, size, length):
             yield self.read_range(name, start, min(length, size - start))
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
-        return int(self._call("size", name))
+        """Bytes of a file; 0 where a web server does not say."""
+        return int(self._call("size", name) or 0)
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file or folder."""
@@ -311,6 +336,8 @@ class Store:
 
     def _call(self, method: str, name: str, *args: Any, **kwargs: Any) -> Any:
         path = f"{self._root}/{check_name(name)}"
+        if self._scheme in WEB:  # what is escaped stays as it is: it may be signed
+            path = quote(path, safe=string.punctuation)
         with plain_errors(f"{self.uri}/{name}"):
             return getattr(self._fs, method)(path, *args, **kwargs)
 
@@ -341,10 +368,10 @@ def split_uri(uri: str) -> tuple[Store, str]:
     return open_store(folder or ("/" if uri.startswith("/") else ".")), name
 
 
-def read_uri(uri: str) -> bytes:
-    """A whole file by its URI."""
+def read_uri(uri: str, at_most: int | None = None) -> bytes:
+    """A whole file by its URI, as `Store.read_bytes`."""
     store, name = split_uri(uri)
-    return store.read_bytes(name)
+    return store.read_bytes(name, at_most)
 
 
 def check_name(name: str) -> str:

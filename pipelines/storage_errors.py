@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from aiohttp import ClientError as BodyError
+from aiohttp import ClientResponseError
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -23,6 +24,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 AWAY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}  # of a network's file system that may come back
 # What s3fs makes of answers that a second request would get, too: 400, 405, 412, 416, 501, redirections
 REFUSED = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EMSGSIZE, getattr(errno, "EREMCHG", errno.ENOENT)}
+ASK_AGAIN = {408, 425, 429}  # a web server's words for "later"
 # What stands before an @ where the host should be; a colon that no port follows: a secret key may hold slashes.
 LOGIN = re.compile(r"^([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
 QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*")
@@ -30,6 +32,14 @@ QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*")
 
 class FileRefusedError(PermissionError):
     """One file may not be read, though its folder answers: the credentials are right."""
+
+
+class UnfitFileError(ValueError):
+    """What a name leads to cannot be read whole; `reason` says why, in a few words."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(f"{uri} cannot be read: {reason}")
+        self.reason = reason
 
 
 class UnreachableError(ValueError):
@@ -49,12 +59,18 @@ def plain_errors(uri: str) -> Iterator[None]:
     uri = without_secrets(uri)
     try:
         yield
+    except UnfitFileError:
+        raise
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise FileNotFoundError(f"there is no file {uri}{endpoint_hint(uri)}") from None
     except (NoCredentialsError, PartialCredentialsError, ProfileNotFound):
         raise PermissionError(f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
     except PermissionError as error:
         raise PermissionError(_refusal(uri, error)) from None
+    except ClientResponseError as error:  # of a web server
+        if error.status >= 500 or error.status in ASK_AGAIN:
+            raise UnreachableError(f"{uri} cannot be read: the server answers {error.status}") from None
+        raise PermissionError(f"{uri} was refused: the server answers {error.status}") from None
     except (BotoCoreError, ClientError, BodyError, OSError, TimeoutError) as error:
         raise _other_error(uri, error) from None
     except Exception as error:

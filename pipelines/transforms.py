@@ -10,6 +10,7 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pipelines.config import Encoding
 
@@ -17,6 +18,9 @@ Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
 ORIENTATION = 0x0112  # EXIF tag
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+WHITE_IS_ZERO = 0
+PNG_BITS = 24  # the byte that says how many a sample has
 JPEG_QUALITY = 95
 MAX_SIDE: dict[Encoding, int] = {"jpeg": 65_500, "png": 1_000_000}  # libjpeg's and libpng's bounds
 
@@ -87,7 +91,7 @@ def _decode_any(data: bytes, max_pixels: int) -> Pixels:
             _check_size(image.height, image.width, max_pixels)
             image.load()
             orientation = image.getexif().get(ORIENTATION, 1)  # after load(), which itself turns a TIFF
-            pixels = _to_rgb(image)
+            pixels = _from_deep_png(data) if _is_deep_png(image, data) else _to_rgb(image)
     except UnidentifiedImageError:
         raise DecodeError("not an image of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -101,7 +105,7 @@ def _decode_any(data: bytes, max_pixels: int) -> Pixels:
 
 def _to_rgb(image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):
-        return _from_deep_gray(np.asarray(image))
+        return _from_deep_gray(image)
     if image.mode == "F":
         raise DecodeError("floating-point pixels have no known range")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -110,11 +114,35 @@ def _to_rgb(image: Image.Image) -> Pixels:
     return np.array(image.convert("RGB"))
 
 
-def _from_deep_gray(gray: NDArray[np.integer]) -> Pixels:
-    """16-bit gray (32-bit where a value needs it) to 8 bit, rounded."""
-    top = 65535 if gray.size == 0 or gray.max() <= 65535 else 2**31 - 1
+def _from_deep_gray(image: Image.Image) -> Pixels:
+    """16-bit gray (of a TIFF 9 to 15 bits, or 32 where a value needs it) to 8 bit, rounded. Pillow leaves it to others
+    what a TIFF says of its numbers, and which gray is transparent."""
+    gray, tags = np.asarray(image), image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    bits, kind = (int(tags.get(tag, (default,))[0]) for tag, default in ((BITS, 16), (SAMPLE_FORMAT, 1)))
+    if bits == 32 and kind == 1:
+        gray = gray.view(np.uint32)
+    fits = bits <= 16 or gray.max(initial=0) <= 65535
+    top = 2 ** min(bits, 16) - 1 if fits else np.iinfo(gray.dtype).max
     eight = np.clip(np.rint(gray * (255.0 / top)), 0, 255).astype(np.uint8)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        eight = 255 - eight
+    if (hidden := image.info.get("transparency")) is not None:
+        eight[gray == hidden] = 255
     return np.repeat(eight[..., None], 3, axis=2)
+
+
+def _is_deep_png(image: Image.Image, data: bytes) -> bool:
+    """Whether it has 16 bits and a colour that is transparent, which Pillow looks for when it has cut them to 8."""
+    return image.format == "PNG" and image.mode == "RGB" and "transparency" in image.info and data[PNG_BITS] == 16
+
+
+def _from_deep_png(data: bytes) -> Pixels:
+    bgra = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if bgra is None or bgra.shape[2:] != (4,):
+        raise DecodeError("damaged image: a PNG of 16 bits whose transparent colour cannot be read")
+    rgb = (bgra[..., 2::-1] // 256).astype(np.uint8)  # as Pillow does with all other deep colours
+    rgb[bgra[..., 3] == 0] = 255
+    return rgb
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

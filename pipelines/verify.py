@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from mrcnn.structures import Category
 from pipelines.accounts import REJECTED_ANNOTATIONS_FILE, REJECTS_FILE
-from pipelines.manifest import FILE_NAME, Manifest, ShardInfo, Totals
+from pipelines.manifest import FILE_NAME, Manifest, ShardInfo, Totals, reject_list
 from pipelines.records import REJECTED_ANNOTATIONS, REJECTS, Stage
 from pipelines.schema import SHARD
-from pipelines.shards import checksum, portrait_bits
+from pipelines.shards import UNREADABLE, checksum, portrait_bits
 from pipelines.storage import Store, open_store
 from pipelines.tasks import Task, failing_in_words, run_tasks
 from pipelines.verify_rows import row_faults
@@ -34,7 +34,7 @@ FAULTS_TOLD = 5  # of a shard; one damaged shard may have a fault in every row
 PROBLEMS_TOLD = 3  # in the error's one line
 CHECKED = """the manifest's digest and sums; of every shard size, checksum, schema and number of rows; of every row
 that the image decodes to its stated size, boxes lie inside, masks fit, labels are known; image ids differ; the lists
-of rejects are as long as stated; no file is there that does not belong"""
+of rejects are as stated; no file is there that does not belong"""
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,16 @@ def _missing(sizes: dict[str, int], manifest: Manifest) -> Iterator[str]:
 
 def _list_faults(store: Store, sizes: dict[str, int], manifest: Manifest) -> Iterator[str]:
     """The two lists of rejects."""
+    stated = {each.name: each for each in manifest.reject_lists}
     for name, schema, count in (
         (REJECTS_FILE, REJECTS, manifest.totals.rejects),
         (REJECTED_ANNOTATIONS_FILE, REJECTED_ANNOTATIONS, manifest.totals.rejected_annotations),
     ):
         if name in sizes:
-            fault = _list_fault(store.read_bytes(name), schema, count)
+            data = store.read_bytes(name)
+            fault = _list_fault(data, schema, count)
+            if fault is None and name in stated and stated[name] != reject_list(name, data):
+                fault = "its checksum is not the stated one"
             if fault is not None:
                 yield f"{name}: {fault}"
 
@@ -114,14 +118,22 @@ def _list_faults(store: Store, sizes: dict[str, int], manifest: Manifest) -> Ite
 def _list_fault(data: bytes, schema: pa.Schema, count: int) -> str | None:
     try:
         table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowInvalid, OSError) as error:
-        return f"it is damaged: {error}"
+        table.validate(full=True)
+        stages, reasons = (
+            table[name].to_pylist() if name in table.schema.names else [] for name in ("stage", "reason")
+        )
+    except UNREADABLE as error:
+        return f"it is damaged: {_in_one_line(error)}"
     if not table.schema.equals(schema):
         return f"its columns are {table.schema.names}, not {schema.names}"
     if table.num_rows != count:
         return f"it has {table.num_rows} rows, {count} are stated"
-    good = set(table["stage"].to_pylist()) <= set(get_args(Stage)) and "" not in table["reason"].to_pylist()
-    return None if good and not table["reason"].null_count else "a row has no stage or no reason"
+    good = set(stages) <= set(get_args(Stage)) and all(reasons)
+    return None if good else "a row has no stage or no reason"
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _shard_faults(store: Store, shards: list[ShardInfo], manifest: Manifest) -> Iterator[str]:
@@ -202,8 +214,8 @@ class _ShardCheck:
         try:
             with pa.memory_map(str(path)) as mapped:
                 yield from self._file_faults(pa.ipc.open_file(mapped))
-        except (pa.ArrowInvalid, OSError) as error:
-            yield f"it is no Arrow file: {error}"
+        except UNREADABLE as error:
+            yield f"it is no Arrow file: {_in_one_line(error)}"
 
     def _file_faults(self, reader: pa.RecordBatchFileReader) -> Iterator[str]:
         if not reader.schema.equals(SHARD, check_metadata=True):
@@ -221,13 +233,13 @@ class _ShardCheck:
         try:
             batch = reader.get_batch(number)
             batch.validate(full=True)
-        except (pa.ArrowInvalid, OSError) as error:
-            yield f"it cannot be read: {error}"
+            if batch.num_rows != 1 or batch["image"].null_count:
+                yield f"{batch.num_rows} rows where one should be, or no image"
+                return
+            row: dict[str, Any] = batch.drop_columns(["image"]).to_pylist()[0]
+        except UNREADABLE as error:
+            yield f"it cannot be read: {_in_one_line(error)}"
             return
-        if batch.num_rows != 1 or batch["image"].null_count:
-            yield f"{batch.num_rows} rows where one should be, or no image"
-            return
-        row: dict[str, Any] = batch.drop_columns(["image"]).to_pylist()[0]
         self.ids.append(row["image_id"] if row["image_id"] is not None else -1)
         image_id = row["tile"]["image_id"] if row["tile"] else row["image_id"]
         self.images.append(image_id if image_id is not None else -1)

@@ -18,9 +18,9 @@ from urllib.parse import unquote, urlsplit
 
 Fault = Literal["500", "503", "403", "drop", "mute", "lose", "cut", "stall", "slow", "drip", "choke", "sip"]
 """500 InternalError, 503 SlowDown or 403 AccessDenied instead of an answer; drop: close the connection before asking
-the server; mute: keep it open and say nothing; lose: ask it, but close before answering; cut: close in the middle of the body; stall: send half of the
-body, then nothing; slow: half of the body, a second, the other half; drip: half of it,
-then a byte each DRIP_SECONDS; choke: take half of what is sent, then nothing; sip: a megabyte of it each
+the server; mute: keep it open and say nothing; lose: ask it, but close before answering; cut: close in the middle of
+the body; stall: send half of the body, then nothing; slow: half of the body, a second, the other half; drip: half of
+it, then a byte each DRIP_SECONDS; choke: take half of what is sent, then nothing; sip: a megabyte of it each
 SIP_SECONDS, but at once its last GULP"""
 
 Decide = Callable[[str, str, int], Fault | None]

@@ -13,12 +13,13 @@ from typing import Any
 
 from mrcnn.structures import Category
 from pipelines.config import BuildConfig
-from pipelines.records import ImageRecord, Images, Objects, Reject, RejectedAnnotation, SourceData
+from pipelines.records import ImageRecord, Images, Objects, Reject, RejectedAnnotation, SourceData, printable
 from pipelines.sources.json_stream import Element, JsonObject, file_blocks
 from pipelines.sources.names import name_fault, shown_uri
 from pipelines.storage import open_store, split_uri
 
 INT64, INT32 = 2**63, 2**31
+MAX_CATEGORIES = 2**15 - 1  # labels are int16
 KEPT = ("bbox", "area", "iscrowd", "segmentation", "keypoints")
 
 
@@ -198,7 +199,9 @@ def _categories(listed: list[Any], name: str) -> tuple[Category, ...]:
             raise ValueError(f"{name}: category {each!r} needs a whole-number 'id' and a 'name'")
         if id_ in found:
             raise ValueError(f"{name}: category id {id_} comes twice: ids must differ")
-        found[id_] = Category(id=id_, name=each["name"], keypoints=_keypoint_names(each, name))
+        found[id_] = Category(id=id_, name=printable(each["name"]), keypoints=_keypoint_names(each, name))
+    if len(found) > MAX_CATEGORIES:
+        raise ValueError(f"{name} has {len(found)} categories, shards have room for {MAX_CATEGORIES}")
     return tuple(found[id_] for id_ in sorted(found))
 
 
@@ -206,7 +209,7 @@ def _keypoint_names(category: dict[str, Any], file_name: str) -> tuple[str, ...]
     names = category.get("keypoints") or []
     if not isinstance(names, list) or not all(isinstance(each, str) for each in names) or len(set(names)) != len(names):
         raise ValueError(f"{file_name}: keypoints of category {category['name']!r} are no list of differing names")
-    return tuple(names)
+    return tuple(map(printable, names))
 
 
 def _image_fault(image: dict[str, Any]) -> str | None:

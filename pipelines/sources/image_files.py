@@ -43,9 +43,9 @@ class ListedImages:
         """The name itself, as it may be shown."""
         return without_secrets(name)
 
-    def read_bytes(self, name: str) -> bytes:
+    def read_bytes(self, name: str, at_most: int | None = None) -> bytes:
         """A whole file."""
-        return read_uri(name)
+        return read_uri(name, at_most)
 
 
 def read_image_files(config: BuildConfig) -> SourceData:

@@ -27,8 +27,8 @@ READ_THREADS, READ_AHEAD = 8, 32
 
 def read_labelme(config: BuildConfig) -> SourceData:
     """Records of all images below `config.images`, each with the JSON of its own name (a.json for a.jpg); an image
-    without one has not been annotated, and is a reject, as is the second image for a JSON. A JSON without image stands
-    for the image in its imageData.
+    without one has not been annotated, and is a reject, as is the second image for a JSON, or the second JSON for an
+    image. A JSON without image stands for the image in its imageData.
 
     Category ids are the labels, 1..K, in the order of `config.classes` or else of the sorted names that occur. Raises
     FileNotFoundError where there are no JSON files, ValueError where they name no class.
@@ -37,7 +37,8 @@ def read_labelme(config: BuildConfig) -> SourceData:
     listed = dict(sorted(images.versions((*SUFFIXES, JSON), follow_links=config.follow_links)))
     photos = [name for name in listed if not name.lower().endswith(JSON)]
     stems = {_stem(name) for name in photos}
-    jsons = {_stem(name): name for name in listed if name.lower().endswith(JSON)}
+    notes = [name for name in listed if name.lower().endswith(JSON)]
+    jsons = {_stem(name): name for name in reversed(notes)}
     if not jsons:
         raise FileNotFoundError(f"{images.uri} holds no JSON files beside its images: is it LabelMe?")
     classes = config.classes or tuple(sorted(set(_labels(images, sorted(jsons.values()), config.follow_links))))
@@ -47,6 +48,11 @@ def read_labelme(config: BuildConfig) -> SourceData:
     rejects = [
         Reject(shown_uri(images, name), None, "source", f"two images for one JSON: {first} is the other")
         for name, first in twins.items()
+    ]
+    rejects += [  # such as a.json beside a.JSON
+        Reject(shown_uri(images, name), None, "source", f"two JSON files for one image: {other} is the other")
+        for name in notes
+        if (other := jsons[_stem(name)]) != name
     ]
     return named_images(
         images,

@@ -10,8 +10,10 @@ from pipelines.config import Format
 from pipelines.records import ImageRecord, Images, Objects, SourceError, Stage
 from pipelines.sources import SOURCES
 from pipelines.sources.names import LINK_OUTSIDE, links_outside
-from pipelines.storage_errors import FileRefusedError
+from pipelines.storage_errors import FileRefusedError, UnfitFileError
 from pipelines.transforms import MAX_PIXELS, DecodeError, Pixels, decode
+
+BYTES_OF_PIXEL = 16  # at most, in a file: four numbers of 32 bits
 
 Fault = tuple[Stage, str]
 
@@ -40,16 +42,16 @@ class OpenedRecord:
     """Why the record cannot be used"""
 
 
-def read_record(images: Images, record: ImageRecord, *, follow_links: bool) -> ReadRecord:
-    """Read a record's files. One that is missing, refused or outside of the folder is a fault of the record; anything
-    else that goes wrong (credentials, no connection) is raised."""
+def read_record(images: Images, record: ImageRecord, *, follow_links: bool, max_pixels: int = MAX_PIXELS) -> ReadRecord:
+    """Read a record's files. One that is missing, refused, outside of the folder, or larger than any image of
+    `max_pixels` is a fault of the record; anything else that goes wrong (credentials, no connection) is raised."""
     files: list[bytes] = []
     for name in record.annotation_files:
-        data = read_file(images, name, follow_links=follow_links)
+        data = read_file(images, name, follow_links=follow_links, max_pixels=max_pixels)
         if isinstance(data, str):
             return ReadRecord(record, b"", (), ("read", f"annotation file, {data}: {name}"))
         files.append(data)
-    image = read_file(images, record.file_name, follow_links=follow_links)
+    image = read_file(images, record.file_name, follow_links=follow_links, max_pixels=max_pixels)
     if isinstance(image, str):  # its annotations are counted nevertheless
         return ReadRecord(record, b"", tuple(files), ("read", image))
     return ReadRecord(record, image, tuple(files), None)
@@ -75,13 +77,15 @@ def open_record(
     return OpenedRecord(record, objects, pixels, None)
 
 
-def read_file(images: Images, name: str, *, follow_links: bool) -> bytes | str:
+def read_file(images: Images, name: str, *, follow_links: bool, max_pixels: int = MAX_PIXELS) -> bytes | str:
     """The file, or why it is none. Errors of the store itself (credentials, no connection) are raised."""
     if not follow_links and links_outside(images, name):
         return LINK_OUTSIDE
     try:
-        return images.read_bytes(name)
+        return images.read_bytes(name, at_most=max_pixels * BYTES_OF_PIXEL)
     except FileNotFoundError:
         return "no such file"
     except FileRefusedError:
         return "no permission"
+    except UnfitFileError as error:
+        return error.reason

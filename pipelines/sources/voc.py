@@ -28,7 +28,7 @@ def read_voc(config: BuildConfig) -> SourceData:
     images, split = open_store(config.images).check_folder(), config.split or "train"
     listed = f"ImageSets/Segmentation/{split}.txt"
     try:
-        text = images.read_bytes(listed).decode(errors="replace")
+        text = images.read_bytes(listed).decode("utf-8-sig", errors="replace")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{images.uri} has no {listed}: give the folder of one year, such as VOC2012, or another --split"

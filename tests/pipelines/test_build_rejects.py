@@ -113,10 +113,10 @@ def test_a_file_that_may_not_be_read_is_a_reject(config: BuildConfig, monkeypatc
 
     read = Store.read_bytes
 
-    def refusing(self: Store, name: str) -> bytes:
+    def refusing(self: Store, name: str, at_most: int | None = None) -> bytes:
         if name == "000000000003.jpg":
             raise FileRefusedError("no")
-        return read(self, name)
+        return read(self, name, at_most)
 
     monkeypatch.setattr(Store, "read_bytes", refusing)
     monkeypatch.setattr(build_module, "run_tasks", run_inline)

@@ -209,6 +209,18 @@ def test_a_shard_that_is_gone_or_cut_is_made_again(toy_config: BuildConfig, toy_
 
 
 @pytest.mark.usefixtures("here")
+def test_a_list_of_rejects_that_is_gone_or_damaged(toy_config: BuildConfig, toy_shards: str, tmp_path: Path) -> None:
+    config, out = replace(toy_config, out=str(tmp_path / "out")), tmp_path / "out"
+    build(config)
+    (out / "rejects.parquet").unlink()
+    assert build(config).shards_made == 4
+    assert checksums(config.out) == checksums(toy_shards)
+    (out / "rejects.parquet").write_bytes(bytes((out / "rejects.parquet").stat().st_size))
+    with pytest.raises(ValueError, match=r"rejects\.parquet is damaged .*: remove it and build the data again"):
+        build(config)
+
+
+@pytest.mark.usefixtures("here")
 def test_a_shard_that_goes_while_others_are_made_is_told(toy_config: BuildConfig, tmp_path: Path) -> None:
     def losing(function: Any, tasks: Any) -> Iterator[Any]:
         yield from run_inline(function, tasks)

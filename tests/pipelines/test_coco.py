@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
+from sources import built, write_image
 
 from pipelines.config import BuildConfig
 from pipelines.manifest import LostError
@@ -51,6 +52,16 @@ def coco(tmp_path: Path, **parts: Any) -> str:
     return str(path)
 
 
+def test_names_of_categories_are_text(tmp_path: Path) -> None:
+    """JSON's escapes may be none: the manifest could not be written."""
+    write_image(tmp_path / "a.png")
+    person = {"id": 1, "name": "a\ud800", "keypoints": ["\ud800b"]}
+    content = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [], "categories": [person]}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    made = built(tmp_path / "out", images=str(tmp_path), annotations=str(tmp_path / "coco.json"))
+    assert made.classes == ["a\\ud800"]
+
+
 def test_labels_follow_sorted_category_ids(tmp_path: Path) -> None:
     source = read(coco(tmp_path))
     assert [(each.id, each.name) for each in source.categories] == [(3, "three"), (7, "seven")]
@@ -71,6 +82,10 @@ def test_labels_follow_sorted_category_ids(tmp_path: Path) -> None:
         ('{"images": [{}], "categories": [{"id": "x"}]}', "category"),
         ('{"images": [{}], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "twice"),
         ('{"images": [{}], "categories": [{"id": 1, "name": "a"}], "annotations": 3}', "not a list"),
+        (
+            json.dumps({"images": [{}], "categories": [{"id": i, "name": "a"} for i in range(32768)]}),
+            "has 32768 categories, shards have room for 32767",
+        ),
         ('{"images": [{}], "categories": [{"id": 1, "name": "a", "keypoints": 17}]}', "no list of differing names"),
         ('{"images": [{}], "categories": [{"id": 1, "name": "a", "keypoints": ["x", "x"]}]}', "no list of differing"),
     ],

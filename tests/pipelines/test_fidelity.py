@@ -20,6 +20,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from mrcnn.preprocess import Resize, resize_image, resized_size
+from pipelines.augment import resize_row
 from pipelines.build import prepare
 from pipelines.config import BuildConfig
 from pipelines.dataset import ShardDataset
@@ -119,6 +120,21 @@ def test_masks_at_any_scale(truth: dict[str, COCO], factor: float) -> None:
                 direct = resized(coco.annToMask(annotation) * np.uint8(255), after) >= 128
                 ours = bitmap_from_ends(segmentation_ends(instance["segmentation"], *after), *after)
                 assert iou(ours.astype(bool), direct) >= 0.99, annotation["id"]
+
+
+@pytest.mark.coco100
+@pytest.mark.parametrize("factor", [0.5, 0.8, 1.25])
+def test_training_gets_the_stored_masks_resized(built: dict[str, ShardDataset], factor: float) -> None:
+    """Where it wants another size than the shards have."""
+    dataset = built["val2017/800"]
+    for row in (dataset.read(i) for i in range(0, len(dataset), 5)):
+        size = round(row.size[0] * factor), round(row.size[1] * factor)
+        for before, after in zip(row.instances, resize_row(row, size, "antialias").instances, strict=True):
+            stored, ours = (
+                bitmap_from_ends(segmentation_ends(each["segmentation"], *of), *of)
+                for each, of in ((before, row.size), (after, size))
+            )
+            assert iou(ours.astype(bool), resized(stored * np.uint8(255), size) >= 128) >= 0.99
 
 
 @pytest.mark.coco100

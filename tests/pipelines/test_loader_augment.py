@@ -203,7 +203,7 @@ def test_a_crowd_of_thousands_takes_no_more_than_the_bound(tmp_path: Path, monke
     assert ends[1] < 1.2 * ends[0]
 
     scaled: list[Any] = []
-    monkeypatch.setattr("pipelines.augment.scale_instance", lambda instance, _: scaled.append(instance) or instance)
+    monkeypatch.setattr("pipelines.augment.scale_instances", lambda these, _: scaled.extend(these) or these)
     bound(many.read(0), (0, 0, 1), InputConfig(shorter_side=32, longer_side=64))
     assert len(scaled) == 256  # the others are not even scaled
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +14,7 @@ from inline import build_here
 from sources import built, write_image
 
 from pipelines.config import BuildConfig, Format
+from pipelines.filesystems import ATTEMPTS
 from pipelines.sources import SOURCES
 from pipelines.sources.image_files import ListedImages
 from pipelines.sources.names import SUFFIXES, image_ids, shown_uri
@@ -48,6 +52,48 @@ def test_an_image_that_is_too_long_for_jpeg_is_a_reject(tmp_path: Path, settings
     assert len(made.rows) == rows
     told = "image has a side too long for jpeg: 70000 x 10 pixels to store, the bound is 65500"
     assert made.rejects == ({} if settings else {"long.png": f"validate: {told}"})
+
+
+class Web(BaseHTTPRequestHandler):
+    """Its files, and what else it answers by the name; the second time all is well with /later."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[Counter[str]] = Counter()
+
+    def do_GET(self) -> None:
+        self.asked[self.path] += 1
+        data = self.files.get(self.path, b"")
+        refused = {"/secret.png": 403, "/down.png": 503, "/later.png": 500 if self.asked[self.path] == 1 else 200}
+        self.send_response(refused.get(self.path, 200 if data else 404))
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        """Quiet."""
+
+
+def test_a_list_of_web_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    data = write_image(tmp_path / "a.png", value=20).read_bytes()
+    Web.files |= {"/deep/a.png": data, "/later.png": data, "/signed%20%C3%A4.png?sig=SECRET%2F1": data}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        web = f"http://127.0.0.1:{server.server_port}"
+        names = ["deep/a.png", "later.png", "signed ä.png?sig=SECRET%2F1", "nowhere.png", "secret.png"]
+        (tmp_path / "list.txt").write_text("".join(f"{web}/{name}\n" for name in names))
+        made = built(tmp_path / "out", images=str(tmp_path / "list.txt"), format="images")
+        shown = ["deep/a.png", "later.png", "signed ä.png"]
+        assert [row.uri for row in made.rows] == [f"{web}/{name}" for name in shown]
+        rejects = pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()
+        assert {each["uri"]: each["reason"] for each in rejects} == {
+            f"{web}/nowhere.png": "no such file", f"{web}/secret.png": "no permission",
+        }  # fmt: skip
+        (tmp_path / "list.txt").write_text(f"{web}/deep/a.png\n{web}/down.png\n")
+        with pytest.raises(ValueError, match=rf"^{web}/down\.png cannot be read: the server answers 503$"):
+            built(tmp_path / "down", images=str(tmp_path / "list.txt"), format="images")
+        assert Web.asked["/down.png"] == ATTEMPTS
+        server.shutdown()
 
 
 def test_a_list_of_uris_from_disk_and_s3(s3: str, tmp_path: Path) -> None:

@@ -151,6 +151,16 @@ def test_the_second_image_of_a_json_is_a_reject(tmp_path: Path) -> None:
     }
 
 
+def test_the_second_json_of_an_image_is_a_reject(tmp_path: Path) -> None:
+    """On disks where case counts."""
+    data = tmp_path / "data"
+    write(data, "a", [shape()], image=".jpg")
+    (data / "a.JSON").write_bytes((data / "a.json").read_bytes())
+    made = labelme(tmp_path)
+    assert (made.totals.images, made.totals.rows) == (2, 1)
+    assert made.rejects == {"a.json": "source: two JSON files for one image: a.JSON is the other"}
+
+
 def test_images_and_files_that_do_not_fit(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write(data, "good", [shape()])
@@ -186,10 +196,10 @@ def test_a_json_that_may_not_be_read_is_a_reject(tmp_path: Path, monkeypatch: py
         write(tmp_path / "data", stem, [shape()])
     read = Store.read_bytes
 
-    def refusing(self: Store, name: str) -> bytes:
+    def refusing(self: Store, name: str, at_most: int | None = None) -> bytes:
         if name == "b.json":
             raise FileRefusedError("no")
-        return read(self, name)
+        return read(self, name, at_most)
 
     monkeypatch.setattr(Store, "read_bytes", refusing)
     assert labelme(tmp_path).rejects == {"b.png": "read: annotation file, no permission: b.json"}

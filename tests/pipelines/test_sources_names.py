@@ -56,6 +56,53 @@ def test_odd_names_are_read_from_s3(s3: str, tmp_path: Path) -> None:
     assert sorted(row.uri for row in listed.rows) == sorted(f"{s3}/odd/{name}" for name in names)
 
 
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_a_file_larger_than_any_image_is_not_read(
+    tmp_path: Path, where: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "images"
+    write_image(root / "good.png", value=7)
+    with (root / "huge.jpg").open("wb") as file:
+        file.truncate(16 * 1000 + 1)
+    uri = str(root)
+    if where == "s3":
+        uri = f"{request.getfixturevalue('s3')}/huge"
+        for name in ("good.png", "huge.jpg"):
+            open_store(uri).write_bytes(name, (root / name).read_bytes())
+    made = built(tmp_path / "out", images=uri, format="images", max_pixels=1000)
+    assert made.rejects == {"huge.jpg": "read: file too large: 16001 bytes, the bound is 16000"}
+    assert made.totals.rows == 1
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    write_image(tmp_path / "images/good.png")
+    os.mkfifo(tmp_path / "images/pipe.png")
+    os.symlink("/dev/zero", tmp_path / "images/zero.png")
+    made = built(tmp_path / "out", images=str(tmp_path / "images"), format="images", follow_links=True)
+    assert made.rejects == dict.fromkeys(("pipe.png", "zero.png"), "read: not a regular file")
+    assert made.totals.rows == 1
+
+
+def test_source_rejects_belong_to_a_finished_build(tmp_path: Path) -> None:
+    """Unlike to one that was refused, which is to be mended."""
+    images = tmp_path / "images"
+    write_image(images / "good.png")
+    (tmp_path / "elsewhere").mkdir()
+    os.symlink(tmp_path / "elsewhere", images / "link")
+    settings = {"images": str(images), "format": "images"}
+    with pytest.raises(ValueError, match=r"1 of 2 images .* were rejected"):
+        built(tmp_path / "out", **settings, max_reject_share=0.1)
+    (images / "link").unlink()
+    assert built(tmp_path / "out", **settings, max_reject_share=0.1).rejects == {}
+    os.symlink(tmp_path / "elsewhere", images / "link")
+    with pytest.raises(ValueError, match=r"holds another build \(source_rejects_sha256 None there, '\w+' here\)"):
+        built(tmp_path / "out", **settings)
+    assert built(tmp_path / "other", **settings).totals.rejects == 1
+    (images / "link").unlink()
+    with pytest.raises(ValueError, match=r"holds another build \(source_rejects_sha256 '\w+' there, None here\)"):
+        built(tmp_path / "other", **settings)
+
+
 def test_names_that_are_no_text_are_rejects(tmp_path: Path) -> None:
     write_image(tmp_path / "images/good.png")
     os.rename(write_image(tmp_path / "images/bad.png"), os.fsencode(tmp_path / "images/b") + b"\xff\xfe.png")

@@ -64,7 +64,7 @@ def test_objects_are_the_numbers_in_the_masks(tmp_path: Path) -> None:
 
 def test_split_and_list(tmp_path: Path) -> None:
     root = write_data_set(tmp_path / "VOC2007", ["000001", "000002"], split="trainval")
-    Path(root, "ImageSets/Segmentation/trainval.txt").write_text("000002\r\n000001\n000002\n../../etc/x\n\n")
+    Path(root, "ImageSets/Segmentation/trainval.txt").write_text("\ufeff000002\r\n000001\n000002\n../../etc/x\n\n")
     made = voc(tmp_path, root, split="trainval")
     assert [row.image_id for row in made.rows] == [2, 1], "numbers where names are, in the order of the list"
     assert made.rejects == {

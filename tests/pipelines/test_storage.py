@@ -316,10 +316,10 @@ def test_a_page_on_s3_is_for_a_browser_to_show(s3: str, monkeypatch: pytest.Monk
 def test_a_file_that_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(str(tmp_path))
 
-    def refuse(self: Path) -> bytes:
-        raise PermissionError(str(self))
+    def refuse(path: str, at_most: int | None) -> bytes:
+        raise PermissionError(path)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("pipelines.storage.read_whole", refuse)
     with pytest.raises(FileRefusedError, match=r"no permission for .*/a: check its owner and mode"):
         store.read_bytes("a")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,68 @@ def test_sixteen_bit_gray(format_: str) -> None:
     values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     image = decode(saved(Image.fromarray(values), format_))
     np.testing.assert_array_equal(image[..., 0], np.rint(values / 257).astype(np.uint8))
+
+
+def deep_png(values: np.ndarray, hidden: tuple[int, ...]) -> bytes:
+    """(H, W) or (H, W, 3) of 16 bits, and the value that is transparent."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2 if values.ndim == 3 else 0, 0, 0, 0)
+    pixels = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(f">{len(hidden)}H", *hidden)), (b"IDAT", zlib.compress(pixels))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in [*chunks, (b"IEND", b"")])
+
+
+def test_sixteen_bit_png_with_a_transparent_value() -> None:
+    """Shown as white: that value only, not all whose high byte is the same."""
+    gray = np.array([[1000, 1001, 1100], [3, 60000, 65535]], np.uint16)
+    expected = np.array([[255, 4, 4], [0, 233, 255]])
+    np.testing.assert_array_equal(decode(deep_png(gray, (1000,))), np.repeat(expected[..., None], 3, axis=2))
+    colour = np.stack([gray, gray[::-1], gray], axis=2)
+    expected = (colour >> 8).astype(np.uint8)
+    expected[0, 0] = 255
+    np.testing.assert_array_equal(decode(deep_png(colour, (1000, 3, 1000))), expected)
+    with pytest.raises(DecodeError, match="damaged image"):
+        decode(deep_png(colour, (1000, 3, 1000))[:-30])
+
+
+def gray_tiff(values: np.ndarray, *, bits: int, photometric: int = 1, kind: int = 1) -> bytes:
+    """One strip without compression; 12 bits lie without gaps. `kind` is SampleFormat: 1 unsigned, 2 signed."""
+    height, width = values.shape
+    if bits == 12:
+        pairs = values.reshape(-1, 2).astype(int)
+        data = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+        pixels = data.astype(np.uint8).tobytes()
+    else:
+        pixels = values.astype(f"<{'u' if kind == 1 else 'i'}{bits // 8}").tobytes()
+    tags = {
+        256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(pixels),
+        339: kind,
+    }  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "top", "photometric"), [(12, 4095, 1), (16, 65535, 0), (16, 65535, 1), (32, 2**32 - 1, 1)]
+)
+def test_gray_tiff_of_any_depth_and_direction(bits: int, top: int, photometric: int) -> None:
+    """As the file's tags have it; 0 may stand for white. (Of 12 and 32 bits Pillow does not read these.)"""
+    values = np.linspace(0, top, 64).astype(np.int64).reshape(4, 16)
+    shown = np.rint(values * (255 / top))
+    image = decode(gray_tiff(values, bits=bits, photometric=photometric))
+    np.testing.assert_array_equal(image[..., 1], 255 - shown if photometric == 0 else shown)
+
+
+def test_a_tiff_of_32_bits_may_hold_16() -> None:
+    values = np.linspace(0, 65535, 64).astype(np.int64).reshape(4, 16)
+    for kind in (1, 2):
+        image = decode(gray_tiff(values, bits=32, kind=kind))
+        np.testing.assert_array_equal(image[..., 0], np.rint(values / 257))
+    signed = np.array([[-5, 0, 2**30, 2**31 - 1]])
+    np.testing.assert_array_equal(decode(gray_tiff(signed, bits=32, kind=2))[0, :, 0], [0, 0, 128, 255])
 
 
 @pytest.mark.parametrize(("suffix", "alpha"), [(".png", False), (".png", True), (".tiff", False)])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 from inline import run_inline
-from made_shards import instance, row
+from made_shards import instance, make_shards, row
 
 from mrcnn.structures import Category
 from pipelines import verify as verify_module
 from pipelines.build import BuildConfig, build
-from pipelines.manifest import Manifest
+from pipelines.inspect import _read_shard
+from pipelines.manifest import Manifest, reject_list
 from pipelines.records import REJECTS
 from pipelines.schema import SHARD
 from pipelines.shards import write_shard
@@ -117,9 +119,8 @@ def test_files_that_are_missing_or_should_not_be_there(folder: Path) -> None:
 
 
 def test_lists_of_rejects(folder: Path) -> None:
-    reject = {"uri": "a", "image_id": 1, "stage": "read", "reason": "no such file"}
     for rows, schema, told in (
-        ([reject], REJECTS, "it has 1 rows, 0 are stated"),
+        ([reject("a")], REJECTS, "it has 1 rows, 0 are stated"),
         ([], REJECTS.remove(0), "its columns are"),
     ):
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "rejects.parquet")
@@ -128,6 +129,69 @@ def test_lists_of_rejects(folder: Path) -> None:
     (folder / "rejects.parquet").write_bytes(b"PAR1")
     (problem,) = verify(str(folder)).problems
     assert problem.startswith("rejects.parquet: it is damaged")
+
+
+def reject(uri: str) -> dict[str, Any]:
+    return {"uri": uri, "image_id": 1, "stage": "read", "reason": "no such file"}
+
+
+def parquet(*rows: dict[str, Any]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=REJECTS), sink)
+    return sink.getvalue()
+
+
+def with_one_reject(folder: Path) -> Path:
+    """The list's file, as the manifest says."""
+    store, file = Store(str(folder)), folder / "rejects.parquet"
+    manifest = Manifest.read(store)
+    file.write_bytes(parquet(reject("a")))
+    totals = replace(manifest.totals, images=manifest.totals.images + 1, rejects=1)
+    lists = (reject_list(file.name, file.read_bytes()), manifest.reject_lists[1])
+    replace(manifest, totals=totals, reject_lists=lists).write(store)
+    assert verify(str(folder)).problems == ()
+    return file
+
+
+def test_a_list_of_rejects_of_another_build(folder: Path) -> None:
+    with_one_reject(folder).write_bytes(parquet(reject("b")))
+    assert verify(str(folder)).problems == ("rejects.parquet: its checksum is not the stated one",)
+
+
+def test_every_damaged_byte_of_a_list_of_rejects(folder: Path) -> None:
+    file = with_one_reject(folder)
+    store, data = Store(str(folder)), file.read_bytes()
+    manifest, sizes = Manifest.read(store), dict(store.entries())
+    for place in range(0, len(data), 3):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        (fault,) = verify_module._list_faults(store, sizes, manifest)
+        assert fault.startswith("rejects.parquet: "), place
+
+
+def test_a_manifest_from_before_the_lists_were_stated(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["reject_lists"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(str(folder)).problems == ()
+    assert verify(str(folder)).manifest.digest == manifest["digest"]
+
+
+def test_every_damaged_byte_of_a_shard(tmp_path: Path) -> None:
+    """Whatever it makes of the file: flags, types, lengths, text."""
+    uri = make_shards(tmp_path / "shards", [row(1, (4, 4), [instance([1, 1, 3, 3])])])
+    store = Store(uri)
+    manifest = Manifest.read(store)
+    (info,) = manifest.shards
+    path = store.path / info.name
+    data, task = path.read_bytes(), {"name": info.name, "shard": json.dumps(asdict(info))}
+    for place in range(0, len(data), 5):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        told = json.loads(verify_module.check_shard(task, store, manifest.categories)["faults"])
+        assert f"{info.name}: its checksum is not the stated one" in told
+        try:
+            _read_shard(store, info)
+        except ValueError as error:
+            assert str(error).startswith(f"{path} ")  # noqa: PT017
 
 
 def first(change: Callable[[dict[str, Any]], Any]) -> Callable[[list[dict[str, Any]]], Any]:
