@@ -18,7 +18,7 @@ from pipelines.sources.annotation_files import Points, check_size, parse_object,
 from pipelines.sources.image_files import named_images
 from pipelines.sources.names import SUFFIXES, links_outside, shown_uri, unfollowed_folders
 from pipelines.storage import Store, open_store
-from pipelines.storage_errors import FileRefusedError
+from pipelines.storage_errors import FileRefusedError, UnfitFileError
 
 JSON = ".json"
 CIRCLE_ERROR = 0.1  # pixels by which a circle's polygon may be inside of it
@@ -163,7 +163,7 @@ def _labels(images: Store, names: Sequence[str], follow_links: bool) -> Iterator
             return []
         try:
             return parse_object(images.read_bytes(name)).get("shapes") or []
-        except (FileNotFoundError, FileRefusedError, SourceError):
+        except (FileNotFoundError, FileRefusedError, UnfitFileError, SourceError):
             return []
 
     for shapes in prefetched(read, names, threads=READ_THREADS, ahead=READ_AHEAD):

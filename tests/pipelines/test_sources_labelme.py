@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,13 @@ def test_a_json_that_may_not_be_read_is_a_reject(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Store, "read_bytes", refusing)
     assert labelme(tmp_path).rejects == {"b.png": "read: annotation file, no permission: b.json"}
+
+
+def test_a_json_that_is_a_pipe_is_a_reject(tmp_path: Path) -> None:
+    write(tmp_path / "data", "a", [shape()])
+    write_image(tmp_path / "data/b.png")
+    os.mkfifo(tmp_path / "data/b.json")
+    assert labelme(tmp_path).rejects == {"b.png": "read: annotation file, not a regular file: b.json"}
 
 
 def test_folders_that_are_not_labelme(tmp_path: Path) -> None:
