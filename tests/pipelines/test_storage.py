@@ -218,6 +218,7 @@ def test_what_is_tried_again_is_not_tried_again_by_others(
 ) -> None:
     """botocore, s3fs and this program have loops of their own; aiohttp, too, once, for connections that are closed."""
     monkeypatch.setenv("MRCNN_S3_READ_SECONDS", "0.3")
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
     store = open_store(f"{s3}/tried")
     store.write_bytes("file", bytes(1000))
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"], lambda *request: fault) as proxy:
