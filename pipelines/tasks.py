@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -27,7 +27,8 @@ Task = dict[str, Any]
 def run_tasks(function: Callable[[Task], Task], tasks: Iterable[Task]) -> Iterator[Task]:
     """`function`, made by `failing_in_words`, of each task, one CPU for each, as they end. Ray must be running.
 
-    What it raised is raised here. RuntimeError where a task's process dies again and again.
+    What it raised is raised here, when all that had been begun has ended: nothing is left half made, or lost that was
+    nearly done. RuntimeError where a task's process dies again and again.
     """
     assert ray.is_initialized(), "start Ray first, see jobs/cluster.py"
     context = DataContext.get_current()
@@ -39,7 +40,11 @@ def run_tasks(function: Callable[[Task], Task], tasks: Iterable[Task]) -> Iterat
         dataset = ray.data.from_arrow([pa.Table.from_pylist(each) for each in _together(some, cpus)])
         dataset.context.target_max_block_size = 1  # a row is handed on when the next is there, not with the last
         counted = partial(_run_counted, function=function, attempts=attempts)
-        yield from map(checked, dataset.map(counted, num_cpus=1).iter_rows())
+        rows = iter(dataset.map(counted, num_cpus=1).iter_rows())
+        for row in rows:
+            if row["failure"]:
+                deque(rows, maxlen=0)  # none of them begins any more
+            yield checked(row)
 
 
 def _together(tasks: Sequence[Task], cpus: int) -> Iterator[Sequence[Task]]:
@@ -58,7 +63,8 @@ def count_attempts(remembered: int = 0) -> Any:
 
 
 class _Attempts:
-    """Actor: how often each task was begun, and what so many of the last ones ended with.
+    """Actor: how often each task was begun, and what so many of the last ones ended with. After the first that failed,
+    all that begin end with its failure.
 
     Ray Data itself tries for ever a task whose process dies, as a file may make it that crashes its decoder; and it
     then repeats those that the process has done together with it.
@@ -68,14 +74,17 @@ class _Attempts:
         self._begun: Counter[str] = Counter()
         self._ended: dict[str, Task] = {}
         self._remembered = remembered
+        self._failure: Task | None = None
 
     def begin(self, name: str) -> tuple[int, Task | None]:
-        if name in self._ended:
-            return 0, self._ended[name]
+        if self._failure or name in self._ended:
+            return 0, self._failure or self._ended[name]
         self._begun[name] += 1
         return self._begun[name], None
 
     def end(self, name: str, result: Task) -> None:
+        if result["failure"]:
+            self._failure = self._failure or result
         self._ended[name] = result
         if len(self._ended) > self._remembered:
             del self._ended[next(iter(self._ended))]
@@ -85,13 +94,13 @@ def _run_counted(task: Task, *, function: Callable[[Task], Task], attempts: Any)
     result = begin_or_explain(attempts, task["name"])
     if result is None:
         result = function(task)
-        attempts.end.remote(task["name"], result)
+    attempts.end.remote(task["name"], result)
     return result
 
 
 def begin_or_explain(attempts: Any, name: str) -> Task | None:
     """Count that a task of this name begins. What it returns at once instead: its result, where it has ended; why it
-    fails, where it has begun too often."""
+    fails, where it has begun too often or another has failed."""
     count, result = ray.get(attempts.begin.remote(name))
     if result is not None or count <= TRIES:
         return result

@@ -199,6 +199,29 @@ def test_rows_come_before_all_that_a_process_has_to_do_is_done(tmp_path: Path) -
     assert len(list(rows)) == 7
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_has_begun_when_a_task_fails_ends_and_nothing_else_begins(tmp_path: Path) -> None:
+    @failing_in_words
+    def work(task: Task) -> Task:
+        part = tmp_path / f"{task['name']}.part"
+        part.touch()
+        deadline = time.monotonic() + 60
+        while "16" not in {path.stem for path in tmp_path.iterdir()}:  # the first of the other process
+            if time.monotonic() > deadline:
+                raise ValueError("nobody was at work beside this")
+            time.sleep(0.02)
+        if task["name"] == "0":
+            raise ValueError("0 cannot be done")
+        time.sleep(3)  # longer than it takes to tell the driver of the failure
+        part.rename(tmp_path / task["name"])
+        return task
+
+    rows = run_tasks(work, ({"name": str(i)} for i in range(40)))
+    with pytest.raises(ValueError, match="0 cannot be done"):
+        list(rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"0.part", "16"}
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB."""
