@@ -145,6 +145,8 @@ def _ratios(rates: Sequence[Rate]) -> dict[str, float]:
         "decode + resize, ours : bare library calls": speed[OURS] / speed[BARE],
         "whole pipeline : decode + resize beside it": whole.images_per_second / whole.beside,
         "whole pipeline : decode + resize beside it, by CPU time": whole.per_cpu_second / whole.beside,
+        "whole pipeline : bare library calls": whole.images_per_second / speed[BARE],
+        "whole pipeline : bare library calls, by CPU time": whole.per_cpu_second / speed[BARE],
         "whole pipeline, ours : Ray Data with Pillow": speed[PIPELINE] / speed[PEER],
     }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrcnn.config import InputConfig
+from mrcnn.ops import enlarge_image
 from mrcnn.structures import ImageBatch
 
 Resize = Literal["antialias", "pillow", "bilinear"]
@@ -43,7 +43,7 @@ def resize_image(
     """(h, w, 3) uint8 -> (height, width, 3), in `out` if that is given: of this shape and the result's type.
 
     antialias: uint8, antialiased bilinear, within 1/255 (mean) and 3/255 of Pillow's: by torch's uint8 kernel where a
-    side shrinks, by OpenCV's, faster and the same filter, where none does. pillow: Pillow's own bytes. bilinear:
+    side shrinks, by our own, faster and the same filter, where none does. pillow: Pillow's own bytes. bilinear:
     float32 0..255, not antialiased.
     """
     resized = _resize(image, height, width, resize, out)
@@ -59,10 +59,12 @@ def _resize(image: np.ndarray, height: int, width: int, resize: Resize, out: np.
         return image.astype(np.float32) if resize == "bilinear" else image
     if resize == "pillow":
         return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    rgb = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     if resize == "antialias" and height >= image.shape[0] and width >= image.shape[1]:
-        return np.asarray(cv2.resize(image, (width, height), dst=out, interpolation=cv2.INTER_LINEAR), np.uint8)
-    # NCHW with channels-last strides takes torch's uint8 kernel without a copy
-    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
+        enlarged = np.empty((height, width, 3), np.uint8) if out is None else out
+        enlarge_image(rgb, torch.from_numpy(enlarged))
+        return enlarged
+    pixels = rgb.permute(2, 0, 1)[None]  # NCHW with channels-last strides takes torch's uint8 kernel without a copy
     if resize == "bilinear":
         resized = F.interpolate(pixels.float(), size=(height, width), mode="bilinear", align_corners=False)
     else:

@@ -39,6 +39,7 @@ from pipelines.sources.names import names_sha256, versions_sha256
 from pipelines.storage import Store, open_store
 from pipelines.tasks import run_tasks
 from pipelines.tiling import Tiling
+from pipelines.transforms import PIXELS_VERSION
 
 ENOUGH = 1000  # rejected images show what is wrong: no need to begin the others
 
@@ -215,6 +216,7 @@ def _plan(config: BuildConfig, source: SourceData, scale: Scale) -> dict[str, An
         "shorter_side": scale.shorter_side,
         "longer_side": scale.longer_side,
         "tile": [config.tile, config.tile_overlap, config.tile_min_share] if config.tile else [],
+        "pixels_version": PIXELS_VERSION,
         "encoding": config.encoding,
         "max_pixels": config.max_pixels,
         "rows_per_shard": config.rows_per_shard,

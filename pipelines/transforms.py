@@ -16,6 +16,7 @@ from pipelines.config import Encoding
 
 Pixels = NDArray[np.uint8]
 
+PIXELS_VERSION = 2  # raised where the same file gives other pixels: a build does not mix shards of before and after
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
 ORIENTATION = 0x0112  # EXIF tag
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags

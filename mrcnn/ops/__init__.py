@@ -1,5 +1,5 @@
 """Compiled operators for the CPU and for CUDA: RoI pooling of a feature pyramid and of run-length masks, NMS,
-and, for the CPU alone, resizing of run-length masks.
+and, for the CPU alone, resizing of run-length masks and enlarging of images.
 
 `mrcnn.ops.reference` has the same functions in plain PyTorch. Shape letters as in `mrcnn.structures`.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from mrcnn.ops import _library  # noqa: F401  importing it registers torch.ops.mrcnn
+from mrcnn.ops.image import enlarge_image
 from mrcnn.ops.multilevel import assign_levels, multilevel_roi_pool
 from mrcnn.ops.nms import nms
 from mrcnn.ops.rle import resize_masks, rle_roi_align
@@ -17,6 +18,7 @@ from mrcnn.ops.roi import precise_roi_pool, roi_align, roi_pool, roi_warp
 __all__ = [
     "assign_levels",
     "cuda_compiled",
+    "enlarge_image",
     "multilevel_roi_pool",
     "nms",
     "precise_roi_pool",

@@ -143,6 +143,11 @@ def _resize_masks_fake(
     return ends.new_empty(runs), torch.empty_like(offsets)
 
 
+@torch.library.register_fake("mrcnn::enlarge_image")
+def _enlarge_image_fake(image: Tensor, out: Tensor) -> None:
+    pass  # what it writes is in `out`
+
+
 @torch.library.register_fake("mrcnn::nms")
 def _nms_fake(boxes: Tensor, groups: Tensor, counts: Tensor, iou_threshold: float, top_n: int) -> Tensor:
     return groups.new_empty(boxes.shape[0], top_n)

@@ -175,6 +175,22 @@ def _triangle_weights(before: int, after: int) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
+def enlarge_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(h, w, 3) uint8 -> (H, W, 3) uint8: columns, then rows, each rounded to whole levels."""
+    for axis in (1, 0):
+        image = _between(image.transpose(0, axis), size[axis]).transpose(0, axis)
+    return image.byte()
+
+
+def _between(rows: Tensor, count: int) -> Tensor:
+    """(count, ...) int64: each of them between two of the rows, weighed in 32768ths."""
+    place = ((torch.arange(count, dtype=torch.float64) + 0.5) * len(rows) / count - 0.5).clamp(0, len(rows) - 1)
+    low = place.long()
+    weight = ((place - low) * 32768 + 0.5).long().clamp(max=32767).view(-1, 1, 1)
+    a, b = rows[low].long(), rows[(low + 1).clamp(max=len(rows) - 1)].long()
+    return a + ((b - a) * weight + 16384 >> 15)
+
+
 def nms(boxes: Tensor, scores: Tensor, groups: Tensor, *, iou_threshold: float, top_n: int) -> tuple[Tensor, Tensor]:
     """`mrcnn.ops.nms`, box by box, with its arguments and its result."""
     kept = torch.zeros(boxes.shape[0], min(top_n, boxes.shape[1]), dtype=torch.int64, device=boxes.device)

@@ -38,8 +38,8 @@ def test_all_sides_do_the_same_work(folder: Path) -> None:
     data = (folder / "0.jpg").read_bytes()
     ours, bare, theirs = (f(data) for f in (benchmark_data._ours, benchmark_data._bare, benchmark_data._with_pillow))
     assert np.shape(ours) == (64, 96, 3)
-    np.testing.assert_array_equal(ours, bare)  # type: ignore[arg-type]
-    assert abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 3
+    for others in (bare, theirs):
+        assert abs(np.asarray(ours, int) - np.asarray(others, int)).max() <= 3
     with Image.open(folder / "0.jpg") as image:
         pixels = np.asarray(image.convert("RGB"))
     row = benchmark_data._resize_row({"image": pixels})
@@ -64,7 +64,7 @@ def test_the_benchmark_runs_and_reports(folder: Path, ray_cluster: None) -> None
     report = run_data_benchmark(str(folder), cpus=1, repeats=1, shards=3)
     assert (report.rates[0].what, report.rates[-2].what) == (PILLOW, PIPELINE)
     assert report.rates[-1].what == PEER
-    assert len(report.ratios) == 5
+    assert len(report.ratios) == 7
     assert all(rate.peak_mb and rate.per_cpu_second and rate.beside for rate in report.rates[-2:])
     assert report.images == 3
     assert report.bytes_per_image["stored as raw"] > 64 * 96 * 3 > report.bytes_per_image["stored as jpeg"]

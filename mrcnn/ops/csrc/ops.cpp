@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY(mrcnn, m) {
   m.def(
       "resize_masks(Tensor ends, Tensor offsets, int height, int width, int new_height, int new_width) "
       "-> (Tensor ends, Tensor offsets)");
+  m.def("enlarge_image(Tensor image, Tensor(a!) out) -> ()");
   // boxes come sorted, best first, counts of them in each image; returns positions, -1 after the last.
   m.def("nms(Tensor boxes, Tensor groups, Tensor counts, float iou_threshold, int top_n) -> Tensor");
 }
