@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.rle import Ends, ends_from_counts
 from pipelines.scaling import rle_of
 
-FAR = 1.0  # image sides by which a polygon may leave the image: farther is a mistake, and slow to rasterise
+FAR = 1.0  # image sides by which a polygon or keypoint may leave the image: farther is a mistake
+EDGES, CROSSINGS = 2, 100  # how long outlines may be, which drawing takes memory for: all edges of an image's pixels,
+# and so many times along its sides, by which a small image may have polygons that are larger
 MIN_EXTENT = 1e-3  # pixels of a box in the image; what is less has no extent
 FLOAT32 = 2.0**-22  # of a coordinate: two steps of float32, which boxes are stored as
 
@@ -25,9 +28,9 @@ def min_extent(side: int) -> float:
     return max(MIN_EXTENT, FLOAT32 * side)
 
 
-def lies_far(polygon: Sequence[float], size: tuple[int, int], *, tolerance: float = 0.0) -> bool:
-    """Whether x1, y1, x2, y2, ... leaves an image of (height, width) by more than FAR of its sides, or has a NaN."""
-    away = np.abs(np.reshape(polygon, (-1, 2)) / [size[1], size[0]] - 0.5)
+def lies_far(points: Sequence[float] | NDArray[np.float64], size: tuple[int, int], *, tolerance: float = 0.0) -> bool:
+    """Whether one of x1, y1, x2, y2, ... is more than FAR sides of an image of (height, width) away from it, or NaN."""
+    away = np.abs(np.reshape(points, (-1, 2)) / [size[1], size[0]] - 0.5)
     return not (away <= 0.5 + FAR + tolerance).all()
 
 
@@ -45,7 +48,7 @@ def to_instance(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, 
         "area": _area(annotation.get("area"), annotation["bbox"]),
         "iscrowd": bool(iscrowd),
         "segmentation": segmentation,
-        "keypoints": _keypoints(annotation.get("keypoints")),
+        "keypoints": _keypoints(annotation.get("keypoints"), size),
     }
 
 
@@ -85,7 +88,7 @@ def _area(area: Any, bbox: Sequence[float]) -> float:
     return value
 
 
-def _keypoints(keypoints: Any) -> list[float] | None:
+def _keypoints(keypoints: Any, size: tuple[int, int]) -> list[float] | None:
     if keypoints is None or keypoints == []:
         return None
     numbers = _numbers(keypoints, "keypoints")
@@ -94,6 +97,9 @@ def _keypoints(keypoints: Any) -> list[float] | None:
     wrong = [v for v in numbers[2::3] if v not in (0, 1, 2)]
     if wrong:
         raise AnnotationError(f"keypoint visibility is neither 0, 1 nor 2: {wrong[0]:g}")
+    points = np.reshape(numbers, (-1, 3))
+    if lies_far(points[points[:, 2] > 0, :2], size):
+        raise AnnotationError("keypoint lies far outside the image")
     return numbers
 
 
@@ -108,7 +114,7 @@ def _segmentation(value: Any, size: tuple[int, int]) -> dict[str, Any] | None:
 
 
 def _polygons(value: list[Any], size: tuple[int, int]) -> list[list[float]]:
-    found, total = [], 0.0
+    found, area, outline = [], 0.0, 0.0
     for each in value:
         numbers = _numbers(each, "polygon")
         if len(numbers) < 6 or len(numbers) % 2:
@@ -116,10 +122,15 @@ def _polygons(value: list[Any], size: tuple[int, int]) -> list[list[float]]:
         if lies_far(numbers, size):
             raise AnnotationError("polygon lies far outside the image")
         x, y = np.array(numbers[0::2]), np.array(numbers[1::2])
-        total += abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
+        before_x, before_y = np.roll(x, 1), np.roll(y, 1)
+        area += abs(float(x @ before_y - y @ before_x)) / 2
+        outline += float(np.maximum(abs(x - before_x), abs(y - before_y)).sum())
         found.append(numbers)
-    if total == 0:
+    if area == 0:
         raise AnnotationError("polygon has no area")
+    bound = EDGES * size[0] * size[1] + CROSSINGS * (size[0] + size[1])
+    if outline > bound:
+        raise AnnotationError(f"polygon has too long an outline: {outline:.0f} pixels, the bound is {bound}")
     return found
 
 

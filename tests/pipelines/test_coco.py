@@ -231,6 +231,7 @@ def test_keypoints_are_as_many_as_their_category_names(tmp_path: Path) -> None:
         ({"bbox": [-5, 3, 5 + 1e-6, 4]}, "box has no extent"),
         ({"segmentation": [[1, 1, 2, 2, 3, float("nan")]]}, "polygon is not a list of finite"),
         ({"segmentation": [[1, 1, 2, 2, 1e8, 3]]}, "polygon lies far outside"),
+        ({"segmentation": [[-9, -9, 20, -9, 5, 19] * 40]}, "polygon has too long an outline"),
         ({"segmentation": "mask"}, "segmentation is neither"),
         ({"segmentation": {"size": [9, 12], "counts": [108]}}, "run lengths are for another size"),
         ({"segmentation": {"size": "\ud800", "counts": "1"}}, r"run lengths are for another size: '\\ud800'"),
@@ -245,6 +246,7 @@ def test_keypoints_are_as_many_as_their_category_names(tmp_path: Path) -> None:
         ({"keypoints": [1, float("inf"), 2]}, "keypoints is not a list of finite"),
         ({"keypoints": [1, 2, 3]}, "keypoint visibility is neither 0, 1 nor 2: 3"),
         ({"keypoints": [1, 2, 0.5]}, "keypoint visibility is neither"),
+        ({"keypoints": [1, 2, 2, 1, -11, 1]}, "keypoint lies far outside"),
     ],
 )
 def test_unusable_geometry_has_its_reason(wrong: dict, reason: str) -> None:
@@ -275,6 +277,15 @@ def test_everything_is_scaled_with_the_image() -> None:
 
 def test_box_is_clipped_to_the_image() -> None:
     assert to_instance(annotation(label=2, bbox=[-3, 4, 100, 3]), SIZE)["box"] == [0, 4, 12, 7]
+
+
+def test_outlines_may_be_as_long_as_any_mask_has() -> None:
+    """Of every other pixel a polygon, and some around an image of a single one. An unlabelled keypoint is nowhere."""
+    pixels = [[x, y, x + 1, y, x + 1, y + 1, x, y + 1] for y in range(10) for x in range(y % 2, 12, 2)]
+    given = annotation(label=2, segmentation=pixels, keypoints=[-1e6, 1e6, 0])
+    assert len(to_instance(given, SIZE)["segmentation"]["polygons"]) == 60
+    large = [[-1, -1, 2, -1, 2, 2, -1, 2]] * 16
+    assert to_instance(annotation(label=2, bbox=[0, 0, 1, 1], segmentation=large), (1, 1))
 
 
 def test_run_lengths_of_either_kind_are_the_same_mask() -> None:
