@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from pipelines.storage_errors import UnfitFileError, full_disk_told, plain_errors
 
+UNOPENED = (errno.ELOOP, errno.ENXIO, errno.ENODEV)  # what stands by the name: links to themselves, sockets, no device
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # exFAT, some mounted buckets
 
 
@@ -29,7 +30,13 @@ def nameless_file() -> Iterator[Path]:
 def read_whole(path: str, at_most: int | None = None) -> bytes:
     """The bytes of a file. Raises UnfitFileError for more than `at_most`, and for what is no file of a known size: a
     pipe that nobody writes to would never end, a device never be done."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno not in UNOPENED:
+            raise
+        raise UnfitFileError(path, f"not a regular file: {error.strerror}") from None
+    with os.fdopen(opened, "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise UnfitFileError(path, "not a regular file")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,23 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.symlink("/dev/zero", tmp_path / "images/zero.png")
     made = built(tmp_path / "out", images=str(tmp_path / "images"), format="images", follow_links=True)
     assert made.rejects == dict.fromkeys(("pipe.png", "zero.png"), "read: not a regular file")
+    assert made.totals.rows == 1
+
+
+@pytest.mark.parametrize("follow_links", [False, True])
+def test_what_cannot_even_be_opened_is_a_reject(
+    tmp_path: Path, follow_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(tmp_path / "images/good.png")
+    monkeypatch.chdir(tmp_path / "images")  # a socket's name is short
+    os.symlink("loop.png", "loop.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.png")
+        made = built(tmp_path / "out", images=str(tmp_path / "images"), format="images", follow_links=follow_links)
+    assert made.rejects == {
+        "loop.png": f"read: not a regular file: {os.strerror(errno.ELOOP)}",
+        "socket.png": f"read: not a regular file: {os.strerror(errno.ENXIO)}",
+    }
     assert made.totals.rows == 1
 
 
