@@ -71,7 +71,8 @@ def voc_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequenc
             continue
         mask = objects == value
         inside = classes[mask]
-        label = int(np.bincount(inside[(inside != BACKGROUND) & (inside != VOID)], minlength=1).argmax())
+        numbers, pixels = np.unique(inside[(inside != BACKGROUND) & (inside != VOID)], return_counts=True)
+        label = int(numbers[pixels.argmax()]) if numbers.size else BACKGROUND
         if 1 <= label <= len(categories):
             found.usable.append(object_of_mask(mask, categories[label - 1], id_=value, label=label, crowd=False))
         else:

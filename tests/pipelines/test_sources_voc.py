@@ -106,6 +106,17 @@ def test_masks_that_are_missing_damaged_or_contradict(tmp_path: Path) -> None:
     assert made.totals.annotations == made.totals.instances + len(made.lost) == 12
 
 
+def test_numbers_of_32_bits_are_no_classes(tmp_path: Path) -> None:
+    """What Pillow reads is no PNG perhaps, whatever it is called."""
+    root = Path(write_data_set(tmp_path / "VOC2012", ["a"]))
+    objects, classes = scene()
+    classes[objects == 1], classes[objects == 2] = -5, 2**31 - 1
+    Image.fromarray(classes.astype(np.int32)).save(root / "SegmentationClass/a.png", "TIFF")
+    made = voc(tmp_path, str(root))
+    assert [each["label"] for each in made.rows[0].instances] == [PERSON]
+    assert made.lost == [(1, "source: unknown category: -5"), (2, "source: unknown category: 2147483647")]
+
+
 @pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationObject", "SegmentationClass"])
 def test_a_finished_build_is_not_that_of_changed_files(tmp_path: Path, folder: str) -> None:
     root = write_data_set(tmp_path / "VOC2012", ["2007_000032"])
