@@ -9,7 +9,8 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL.GifImagePlugin import GifImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipelines.config import Encoding
@@ -24,6 +25,7 @@ WHITE_IS_ZERO = 0
 PNG_BITS = 24  # the byte that says how many a sample has
 JPEG_QUALITY = 95
 MAX_SIDE: dict[Encoding, int] = {"jpeg": 65_500, "png": 1_000_000}  # libjpeg's and libpng's bounds
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # one text or profile as all of them: 64 MB, not 1
 
 
 class DecodeError(ValueError):
@@ -86,13 +88,28 @@ def _turned(image: Pixels, orientation: int) -> Pixels:
     return np.ascontiguousarray(image)
 
 
+def open_image(data: bytes) -> Image.Image:
+    """An image as Pillow opens it, but no PostScript, which is a program: Pillow would have Ghostscript run it.
+
+    Raises UnidentifiedImageError, and whatever Pillow's plug-ins raise.
+    """
+    image = Image.open(io.BytesIO(data))
+    if image.format == "EPS":
+        raise UnidentifiedImageError("PostScript")
+    return image
+
+
 def _decode_any(data: bytes, max_pixels: int) -> Pixels:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             _check_size(image.height, image.width, max_pixels)
+            frame = image.tile[0].extents if isinstance(image, GifImageFile) else None
             image.load()
             orientation = image.getexif().get(ORIENTATION, 1)  # after load(), which itself turns a TIFF
+            _spread_hidden_gray(image, data)
             pixels = _from_deep_png(data) if _is_deep_png(image, data) else _to_rgb(image)
+            if frame is not None and frame != (0, 0, *image.size):
+                pixels = _alone_in_white(pixels, frame)
     except UnidentifiedImageError:
         raise DecodeError("not an image of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -109,7 +126,7 @@ def _to_rgb(image: Image.Image) -> Pixels:
         return _from_deep_gray(image)
     if image.mode == "F":
         raise DecodeError("floating-point pixels have no known range")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return np.array(image.convert("RGB"))
@@ -130,6 +147,20 @@ def _from_deep_gray(image: Image.Image) -> Pixels:
     if (hidden := image.info.get("transparency")) is not None:
         eight[gray == hidden] = 255
     return np.repeat(eight[..., None], 3, axis=2)
+
+
+def _spread_hidden_gray(image: Image.Image, data: bytes) -> None:
+    """A PNG's 2 or 4 bits Pillow spreads to 8, but not those of the value that is transparent."""
+    if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
+        image.info["transparency"] *= 255 // (2 ** data[PNG_BITS] - 1)
+
+
+def _alone_in_white(pixels: Pixels, box: tuple[int, int, int, int]) -> Pixels:
+    """The first frame of a GIF: around it nothing is drawn yet, where Pillow shows the palette's first colour."""
+    left, top, right, bottom = box
+    shown = np.full_like(pixels, 255)
+    shown[top:bottom, left:right] = pixels[top:bottom, left:right]
+    return shown
 
 
 def _is_deep_png(image: Image.Image, data: bytes) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from typing import Any
@@ -14,6 +13,7 @@ from pycocotools import mask as coco_mask
 
 from mrcnn.structures import Category
 from pipelines.records import SourceError
+from pipelines.transforms import open_image
 
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # one number a pixel: of a palette, its index
 
@@ -61,7 +61,7 @@ def check_size(height: Any, width: Any) -> tuple[int, int]:
 def decode_ids(data: bytes) -> Ids:
     """An image of ids (H, W), one number a pixel. Raises SourceError."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(data) as image:
             check_size(image.height, image.width)
             if image.mode not in ID_MODES:
                 raise SourceError(f"annotation file is no image of ids: its pixels are {image.mode}")

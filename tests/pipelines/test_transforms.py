@@ -13,9 +13,11 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image, ImageCms, ImageOps
+from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from pipelines import transforms
+from pipelines.records import SourceError
 from pipelines.sources.annotation_files import decode_ids
 from pipelines.transforms import DecodeError, allow_pixels, decode, decode_stored, encode
 
@@ -104,14 +106,15 @@ def test_sixteen_bit_gray(format_: str) -> None:
     np.testing.assert_array_equal(image[..., 0], np.rint(values / 257).astype(np.uint8))
 
 
-def deep_png(values: np.ndarray, hidden: tuple[int, ...]) -> bytes:
-    """(H, W) or (H, W, 3) of 16 bits, and the value that is transparent."""
+def png_of(values: np.ndarray, hidden: tuple[int, ...], bits: int = 16) -> bytes:
+    """(H, W) or (H, W, 3) of so many bits, and the value that is transparent."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2 if values.ndim == 3 else 0, 0, 0, 0)
-    pixels = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 2 if values.ndim == 3 else 0, 0, 0, 0)
+    single = np.unpackbits(values.astype(">u2").view(np.uint8)).reshape(-1, 16)[:, -bits:]
+    pixels = b"".join(b"\0" + np.packbits(row).tobytes() for row in single.reshape(len(values), -1))
     chunks = [(b"IHDR", header), (b"tRNS", struct.pack(f">{len(hidden)}H", *hidden)), (b"IDAT", zlib.compress(pixels))]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in [*chunks, (b"IEND", b"")])
 
@@ -120,13 +123,22 @@ def test_sixteen_bit_png_with_a_transparent_value() -> None:
     """Shown as white: that value only, not all whose high byte is the same."""
     gray = np.array([[1000, 1001, 1100], [3, 60000, 65535]], np.uint16)
     expected = np.array([[255, 4, 4], [0, 233, 255]])
-    np.testing.assert_array_equal(decode(deep_png(gray, (1000,))), np.repeat(expected[..., None], 3, axis=2))
+    np.testing.assert_array_equal(decode(png_of(gray, (1000,))), np.repeat(expected[..., None], 3, axis=2))
     colour = np.stack([gray, gray[::-1], gray], axis=2)
     expected = (colour >> 8).astype(np.uint8)
     expected[0, 0] = 255
-    np.testing.assert_array_equal(decode(deep_png(colour, (1000, 3, 1000))), expected)
+    np.testing.assert_array_equal(decode(png_of(colour, (1000, 3, 1000))), expected)
     with pytest.raises(DecodeError, match="damaged image"):
-        decode(deep_png(colour, (1000, 3, 1000))[:-30])
+        decode(png_of(colour, (1000, 3, 1000))[:-30])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_gray_png_of_few_bits_with_a_transparent_value(bits: int) -> None:
+    values = np.arange(2**bits).reshape(2, -1)
+    shown = np.rint(values * 255 / (2**bits - 1))
+    for hidden in {0, 1, 2 ** (bits - 1), 2**bits - 1}:
+        image = decode(png_of(values, (hidden,), bits))
+        np.testing.assert_array_equal(image[..., 0], np.where(values == hidden, 255, shown))
 
 
 def gray_tiff(values: np.ndarray, *, bits: int, photometric: int = 1, kind: int = 1) -> bytes:
@@ -213,6 +225,13 @@ def test_transparent_colours_are_white(picture: Image.Image, format_: str) -> No
     np.testing.assert_array_equal(ours[indices != 7], shown)
 
 
+def test_palettes_may_have_alpha() -> None:
+    """A TGA's, of two colours with 32 bits."""
+    header = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 2, 32, 0, 0, 2, 1, 8, 0x20)
+    image = decode(header + bytes([10, 20, 30, 255, 40, 50, 60, 0]) + bytes([0, 1]))
+    assert image.tolist() == [[[30, 20, 10], [255, 255, 255]]]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_half_transparent_is_mixed_with_white(mode: str) -> None:
     image = Image.new(mode, (8, 8), (100, 50, 0, 128) if mode == "RGBA" else (100, 128))
@@ -234,6 +253,18 @@ def test_first_frame(picture: Image.Image) -> None:
     assert_same(decode(data), picture.convert("P"))
 
 
+def test_around_a_first_frame_nothing_is_drawn() -> None:
+    """Which is white, as all that is transparent, and not the palette's first colour."""
+    image = Image.new("P", (2, 3), 1)
+    image.putpalette([0, 0, 200, 250, 0, 0])
+    data = bytearray(saved(image, "GIF", optimize=False))
+    frame = data.index(struct.pack("<cHHHH", b",", 0, 0, 2, 3))
+    data[frame + 1 : frame + 5], data[6:10] = struct.pack("<HH", 3, 1), struct.pack("<HH", 8, 6)
+    expected = np.full((6, 8, 3), 255)
+    expected[1:4, 3:5] = 250, 0, 0
+    np.testing.assert_array_equal(decode(bytes(data)), expected)
+
+
 def test_alpha_is_laid_over_white(picture: Image.Image) -> None:
     picture.putalpha(Image.new("L", picture.size, 0))
     assert (decode(saved(picture, "PNG")) == 255).all()
@@ -243,6 +274,25 @@ def test_alpha_is_laid_over_white(picture: Image.Image) -> None:
 def test_not_an_image(data: bytes) -> None:
     with pytest.raises(DecodeError):
         decode(data)
+
+
+def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("a program of the data is run"))
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n"
+    with pytest.raises(DecodeError, match="not an image of a known format"):
+        decode(data)
+    with pytest.raises(SourceError, match="not an image of a known format"):
+        decode_ids(data)
+
+
+@pytest.mark.parametrize("kind", ["text", "profile"])
+def test_large_texts_and_profiles_are_no_damage(picture: Image.Image, kind: str) -> None:
+    """As editors and scanners write them."""
+    texts = PngInfo()
+    if kind == "text":
+        texts.add_text("Raw profile type xmp", "a" * 2_000_000, zip=True)
+    data = saved(picture, "PNG", pnginfo=texts, icc_profile=b"a" * 2_000_000 if kind == "profile" else None)
+    assert_same(decode(data), picture)
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG"])
