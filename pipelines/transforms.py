@@ -52,7 +52,8 @@ def allow_pixels(max_pixels: int) -> None:
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
-    """None where Pillow has to look at it: CMYK, or damage that libjpeg warns of and Pillow may forgive."""
+    """None where Pillow has to look at it: CMYK, sampling that simplejpeg does not know (a KeyError), or damage that
+    libjpeg warns of and Pillow may forgive."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(height, width, max_pixels)
@@ -61,7 +62,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
         image = simplejpeg.decode_jpeg(data, colorspace="RGB")
     except DecodeError:
         raise
-    except ValueError:
+    except (ValueError, KeyError):
         return None
     return _upright(image, data) if b"Exif\0\0" in data else image
 

@@ -208,6 +208,20 @@ def test_ycck_jpeg() -> None:
     assert abs(decode(data).astype(int) - (200, 30, 60)).max() <= 2
 
 
+def test_jpeg_of_rare_sampling() -> None:
+    """Colour of a quarter of the lines: four blocks of brightness to one each of colour, all of them gray here."""
+    data = bytearray(saved(Image.new("RGB", (8, 32), (128, 128, 128)), "JPEG", subsampling=0))
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    data[frame + 11] = 0x14
+    data[scan + 6 : scan + 11 : 2] = bytes(3)  # one Huffman table for all
+    block = "00" + "1010"  # no difference of brightness, nothing else
+    bits = (6 * block).ljust(40, "1")
+    data[scan + 14 :] = int(bits, 2).to_bytes(5, "big") + b"\xff\xd9"
+    image = decode(bytes(data))
+    assert image.shape == (32, 8, 3)
+    assert (image == 128).all()
+
+
 @pytest.mark.parametrize("format_", ["PNG", "GIF", "WEBP"])
 def test_transparent_colours_are_white(picture: Image.Image, format_: str) -> None:
     """A palette with a transparent entry, a key colour, or an alpha channel: half of the picture is seen through."""
