@@ -37,8 +37,8 @@ def lies_far(points: Sequence[float] | NDArray[np.float64], size: tuple[int, int
 def to_instance(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """Instance as in pipelines/schema.py, of an image of (height, width), not resized. Raises AnnotationError."""
     box = _box(annotation.get("bbox"), size)
-    iscrowd = annotation.get("iscrowd", 0)
-    if iscrowd not in (0, 1):
+    iscrowd = annotation.get("iscrowd")
+    if iscrowd not in (None, 0, 1):
         raise AnnotationError(f"iscrowd is neither 0 nor 1: {iscrowd!r}")
     segmentation = _segmentation(annotation.get("segmentation"), size)
     return {
@@ -104,7 +104,7 @@ def _keypoints(keypoints: Any, size: tuple[int, int]) -> list[float] | None:
 
 
 def _segmentation(value: Any, size: tuple[int, int]) -> dict[str, Any] | None:
-    if value is None or value == []:
+    if value in (None, [], [[]]):  # all of them are written for an object that has a box alone
         return None
     if isinstance(value, dict):
         return {"polygons": None, "rle": rle_of(_rle_ends(value, size), size)}

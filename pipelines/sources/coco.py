@@ -28,6 +28,7 @@ def read_coco(config: BuildConfig) -> SourceData:
 
     Labels are 1..K by rising category id. An image that cannot be used is a reject, and so is an annotation of no such
     image. A file without annotations (image_info) may lack categories, too. An id may be written as 1.0, not as "1".
+    LVIS's images are those of COCO by the folders train2017 and val2017 below `config.images`.
     The images are not listed, and are taken as unchanging: only the JSON tells one data set from another.
 
     Raises ValueError, naming the file and what is wrong with it, where it is not COCO at all or too large for memory.
@@ -114,7 +115,7 @@ class _Content:
 
     def _add_image(self, image: dict[str, Any]) -> None:
         self.listed += 1
-        id_, name = whole(image.get("id"), INT64), image.get("file_name")
+        id_, name = whole(image.get("id"), INT64), _file_name(image)
         height, width = (whole(image.get(side), INT32) for side in ("height", "width"))
         reason = _image_fault(image) or ("duplicate image id" if id_ in self.images else None)
         if reason is None:
@@ -215,12 +216,19 @@ def _keypoint_names(category: dict[str, Any], file_name: str) -> tuple[str, ...]
 def _image_fault(image: dict[str, Any]) -> str | None:
     if whole(image.get("id"), INT64) is None:
         return f"image id is not a whole number: {image.get('id')!r}"
-    if not isinstance(image.get("file_name"), str):
+    name = _file_name(image)
+    if not isinstance(name, str):
         return "image has no file_name"
     for side in ("height", "width"):
         if image.get(side) is not None and (whole(image[side], INT32) or 0) <= 0:
             return f"image {side} is not a positive whole number: {image[side]!r}"
-    return name_fault(image["file_name"])
+    return name_fault(name)
+
+
+def _file_name(image: dict[str, Any]) -> Any:
+    """An image's file_name; where LVIS has none, folder and name at the end of its address in COCO."""
+    name, address = image.get("file_name"), image.get("coco_url")
+    return "/".join(address.split("/")[-2:]) if name is None and isinstance(address, str) else name
 
 
 def _keypoint_fault(keypoints: Any, expected: int) -> str | None:

@@ -1,7 +1,7 @@
 """A JSON object from a stream of bytes, one element of its lists at a time.
 
 Python's own scanner does the parsing, so NaN and Infinity are read (and can be told from damage); memory holds one
-block and one element, however large the file is.
+block and one element, however large the file is, and no element may be very large.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pipelines.sources.memory import available_memory
 from pipelines.storage import BLOCK, Store
 
 MARGIN = 64  # characters: nearer to the end of what was read, numbers and words may be cut
+MOST = 64 * 2**20  # characters of one value: parsed they take ten times as much
 MEMORY_FACTOR = 2.0  # of the file: its elements as text, what is beside them, and what they are sent to tasks with
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -63,7 +64,7 @@ class JsonObject:
         """The elements of all lists that are values of the object, in the order of the file.
 
         There are none where the file is a list. Raises ValueError, with the byte where it is, for what is not JSON, not
-        UTF-8, cut off or nested too deeply.
+        UTF-8, cut off, nested too deeply or, which COCO has nowhere, a value of more than MOST characters.
         """
         if self._peek() == "[":  # perhaps as large as memory: not looked into
             self.kind = "list"
@@ -136,6 +137,8 @@ class JsonObject:
             except json.JSONDecodeError as error:
                 near_end = error.pos >= len(self._text) - MARGIN or error.msg.startswith("Unterminated string")
                 offset = error.pos - self._place
+                if near_end and len(self._text) - self._place > MOST:
+                    raise self._error(f"a value is longer than {MOST} characters", self._place) from None
                 if not (near_end and self._feed(wanted)):
                     raise self._error(error.msg, self._place + offset) from None
             except RecursionError:

@@ -182,6 +182,16 @@ def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
     assert not source.rejected_annotations
 
 
+def test_images_of_lvis_are_named_by_their_address(tmp_path: Path) -> None:
+    address = "http://images.cocodataset.org/val2017/000000000139.jpg"
+    odd = [image(3, file_name=None, coco_url="http://x/../a.jpg"), image(4, file_name=None, coco_url=5)]
+    listed = [image(1, file_name=None, coco_url=address), image(2, coco_url=address), *odd]
+    source = read(coco(tmp_path, images=listed))
+    assert [each.file_name for each in source.records] == ["val2017/000000000139.jpg", "2.jpg"]
+    reasons = ["file name leads out of the image folder", "image has no file_name"]
+    assert [each.reason for each in source.rejects] == reasons
+
+
 def test_image_info_has_images_alone(tmp_path: Path) -> None:
     """test2017 has categories, an unlabeled set may have none."""
     path = tmp_path / "image_info.json"
@@ -286,6 +296,13 @@ def test_outlines_may_be_as_long_as_any_mask_has() -> None:
     assert len(to_instance(given, SIZE)["segmentation"]["polygons"]) == 60
     large = [[-1, -1, 2, -1, 2, 2, -1, 2]] * 16
     assert to_instance(annotation(label=2, bbox=[0, 0, 1, 1], segmentation=large), (1, 1))
+
+
+@pytest.mark.parametrize("nothing", [None, [], [[]]])
+def test_an_object_may_have_a_box_alone(nothing: Any) -> None:
+    """In each of the ways in which programs write that there is no more."""
+    instance = to_instance(annotation(label=2, segmentation=nothing, area=None, iscrowd=None, keypoints=None), SIZE)
+    assert (instance["segmentation"], instance["area"], instance["iscrowd"]) == (None, 16, False)
 
 
 def test_run_lengths_of_either_kind_are_the_same_mask() -> None:

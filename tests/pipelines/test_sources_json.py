@@ -149,6 +149,24 @@ def test_a_list_is_not_coco_however_large_it_is(tmp_path: Path) -> None:
         read_coco(config(tmp_path, b"[1, 2, 3"))
 
 
+@pytest.mark.parametrize("begin", [b'{"coco": {"images": [1', b'{"images": {"1": [1', b'{"images": [[1', b'"a'])
+def test_one_value_is_not_read_however_large_it_is(begin: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where COCO's object lies in another, or its images are an object by id: it would take many times its size."""
+    monkeypatch.setattr(json_stream, "BLOCK", 100)
+    monkeypatch.setattr(json_stream, "MOST", 5000)
+    fed: list[int] = []
+
+    def endless() -> Iterator[bytes]:
+        yield begin
+        while True:
+            fed.append(1)
+            assert len(fed) < 200, "it is read on"
+            yield b", 1" * 30
+
+    with pytest.raises(ValueError, match="a value is longer than 5000 characters, at byte"):
+        list(JsonObject(endless(), "file").elements())
+
+
 def test_not_a_number_spoils_its_annotation_alone(tmp_path: Path) -> None:
     """Python writes NaN into JSON, and most other parsers refuse the file for it."""
     content = json.loads(json.dumps(SMALL))
