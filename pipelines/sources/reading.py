@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from mrcnn.structures import Category
 from pipelines.config import Format
 from pipelines.records import ImageRecord, Images, Objects, SourceError, Stage
 from pipelines.sources import SOURCES
-from pipelines.sources.names import LINK_OUTSIDE, links_outside
+from pipelines.sources.names import LINK_OUTSIDE, links_outside, name_fault
+from pipelines.storage import Store
 from pipelines.storage_errors import FileRefusedError, UnfitFileError
 from pipelines.transforms import MAX_PIXELS, DecodeError, Pixels, decode
 
 BYTES_OF_PIXEL = 16  # at most, in a file: four numbers of 32 bits
+MISSING = "no such file"
 
 Fault = tuple[Stage, str]
 
@@ -44,17 +47,27 @@ class OpenedRecord:
 
 def read_record(images: Images, record: ImageRecord, *, follow_links: bool, max_pixels: int = MAX_PIXELS) -> ReadRecord:
     """Read a record's files. One that is missing, refused, outside of the folder, or larger than any image of
-    `max_pixels` is a fault of the record; anything else that goes wrong (credentials, no connection) is raised."""
-    files: list[bytes] = []
+    `max_pixels` is a fault of the record; anything else that goes wrong (credentials, no connection) is raised. The
+    record of an image that is found by `_with_slashes` has that name."""
+    read, files = partial(read_file, images, follow_links=follow_links, max_pixels=max_pixels), list[bytes]()
     for name in record.annotation_files:
-        data = read_file(images, name, follow_links=follow_links, max_pixels=max_pixels)
+        data = read(name)
         if isinstance(data, str):
             return ReadRecord(record, b"", (), ("read", f"annotation file, {data}: {name}"))
         files.append(data)
-    image = read_file(images, record.file_name, follow_links=follow_links, max_pixels=max_pixels)
+    image = read(record.file_name)
+    if image == MISSING and (other := _with_slashes(images, record.file_name)):
+        image = read(other)
+        record = record if image == MISSING else replace(record, file_name=other)
     if isinstance(image, str):  # its annotations are counted nevertheless
         return ReadRecord(record, b"", tuple(files), ("read", image))
     return ReadRecord(record, image, tuple(files), None)
+
+
+def _with_slashes(images: Images, name: str) -> str | None:
+    """The name that a Windows program means by one with backslashes, below the folder."""
+    other = name.replace("\\", "/")
+    return other if other != name and isinstance(images, Store) and name_fault(other) is None else None
 
 
 def open_record(
@@ -84,7 +97,7 @@ def read_file(images: Images, name: str, *, follow_links: bool, max_pixels: int 
     try:
         return images.read_bytes(name, at_most=max_pixels * BYTES_OF_PIXEL)
     except FileNotFoundError:
-        return "no such file"
+        return MISSING
     except FileRefusedError:
         return "no permission"
     except UnfitFileError as error:

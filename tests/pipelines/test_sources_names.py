@@ -45,6 +45,27 @@ def test_odd_names_are_read_and_no_file_outside(tmp_path: Path) -> None:
     assert not listed.rejects
 
 
+def test_backslashes_are_slashes_where_no_file_has_them(tmp_path: Path) -> None:
+    """As programs on Windows write them; still nothing outside is read."""
+    for name in ("secret.png", "images/train/a.png", "images/both/c.png", "images/both\\c.png"):
+        write_image(tmp_path / name)
+    os.symlink("/etc", tmp_path / "images/link")
+    names = ["train\\a.png", ".\\train\\a.png", "both\\c.png", "..\\secret.png", "link\\passwd", "C:\\b.png", "\\d.png"]
+    (tmp_path / "coco.json").write_text(json.dumps(coco_of(names)))
+    made = built(tmp_path / "out", images=str(tmp_path / "images"), annotations=str(tmp_path / "coco.json"))
+    assert [row.uri.removeprefix(f"{tmp_path}/images/") for row in made.rows] == [
+        "train/a.png",
+        "./train/a.png",
+        "both\\c.png",
+    ]
+    assert made.rejects == {
+        "..\\secret.png": "read: no such file",
+        "passwd": "read: a symbolic link leads out of the image folder",
+        "C:\\b.png": "read: no such file",
+        "\\d.png": "read: no such file",
+    }
+
+
 def test_odd_names_are_read_from_s3(s3: str, tmp_path: Path) -> None:
     store, picture = open_store(f"{s3}/odd"), write_image(tmp_path / "a.png").read_bytes()
     names = [name for name in ODD if "\n" not in name and "\\" not in name]  # this server's own bounds
