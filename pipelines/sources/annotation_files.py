@@ -48,30 +48,30 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < MAX_COORDINATE  # a NaN is not below anything
 
 
-def check_size(height: Any, width: Any) -> tuple[int, int]:
+def check_size(height: Any, width: Any, what: str = "annotation file") -> tuple[int, int]:
     """The size of an image as its annotations state it. Raises SourceError where it is none, or a bomb."""
     if not all(isinstance(side, int) and side > 0 for side in (height, width)):
-        raise SourceError(f"annotation file states no size: {width!r} x {height!r}")
+        raise SourceError(f"{what} states no size: {width!r} x {height!r}")
     bound = Image.MAX_IMAGE_PIXELS or math.inf  # that of the images, see transforms.allow_pixels
     if height * width > bound:
-        raise SourceError(f"annotation file is too large: {width} x {height} pixels, the bound is {bound}")
+        raise SourceError(f"{what} is too large: {width} x {height} pixels, the bound is {bound}")
     return height, width
 
 
-def decode_ids(data: bytes) -> Ids:
-    """An image of ids (H, W), one number a pixel. Raises SourceError."""
+def decode_ids(data: bytes, what: str = "annotation file") -> Ids:
+    """An image of ids (H, W), one number a pixel. Raises SourceError, whose message begins with `what` it is."""
     try:
         with open_image(data) as image:
-            check_size(image.height, image.width)
+            check_size(image.height, image.width, what)
             if image.mode not in ID_MODES:
-                raise SourceError(f"annotation file is no image of ids: its pixels are {image.mode}")
+                raise SourceError(f"{what} is no image of ids: its pixels are {image.mode}")
             return np.asarray(image).astype(np.int32)
     except (SourceError, MemoryError):  # which is not the file's fault
         raise
     except UnidentifiedImageError:  # whose message differs each time
-        raise SourceError("annotation file is not an image of a known format") from None
+        raise SourceError(f"{what} is not an image of a known format") from None
     except Exception as error:  # Pillow's plug-ins raise whatever
-        raise SourceError(f"annotation file is a damaged image: {error}") from None
+        raise SourceError(f"{what} is a damaged image: {error}") from None
 
 
 def object_of_mask(mask: NDArray[np.bool_], category: Category, *, id_: int, label: int, crowd: bool) -> dict[str, Any]:

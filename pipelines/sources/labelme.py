@@ -6,15 +6,26 @@ import base64
 import binascii
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from mrcnn.structures import Category
 from pipelines.config import BuildConfig
 from pipelines.prefetch import prefetched
 from pipelines.records import ImageRecord, Objects, Reject, SourceData, SourceError, printable
-from pipelines.sources.annotation_files import Points, check_size, parse_object, points_of
+from pipelines.sources.annotation_files import (
+    Points,
+    check_size,
+    decode_ids,
+    object_of_mask,
+    parse_object,
+    points_of,
+)
 from pipelines.sources.image_files import named_images
 from pipelines.sources.names import SUFFIXES, links_outside, shown_uri, unfollowed_folders
 from pipelines.storage import Store, open_store
@@ -23,6 +34,16 @@ from pipelines.storage_errors import FileRefusedError, UnfitFileError
 JSON = ".json"
 CIRCLE_ERROR = 0.1  # pixels by which a circle's polygon may be inside of it
 READ_THREADS, READ_AHEAD = 8, 32
+NEEDED = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}  # points of shapes that have an inside
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """A shape that is a bitmap."""
+
+    bitmap: NDArray[np.bool_]
+    corner: tuple[int, int]
+    """x and y of its first pixel"""
 
 
 def read_labelme(config: BuildConfig) -> SourceData:
@@ -65,57 +86,91 @@ def read_labelme(config: BuildConfig) -> SourceData:
 
 
 def labelme_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequence[Category]) -> Objects:
-    """One object of each shape, or of all shapes of a label that share a group_id. Polygons, rectangles and circles are
-    shapes with an inside; others are rejected. An area is the sum of the shapes', so overlaps count twice."""
+    """One object of each shape, or of all shapes of a label that share a group_id. Polygons, rectangles, circles and
+    masks are shapes with an inside; others are rejected. An area is the sum of the shapes', so overlaps count twice,
+    but with a mask among them all are drawn as one."""
     content = parse_object(files[0])
     shapes = content.get("shapes")
     if not isinstance(shapes, list):
         raise SourceError("annotation file has no list 'shapes': it is not LabelMe's")
     labels = {category.name: label for label, category in enumerate(categories, start=1)}
-    found = Objects()
+    size = _size(content)
+    found = Objects(height=size and size[0], width=size and size[1])
     groups: dict[Any, dict[str, Any]] = {}
     for number, shape in enumerate(shapes, start=1):
         try:
-            points = _outline(shape, labels)
+            part = _part(shape, labels, size)
         except SourceError as error:
             found.rejected.append((number, str(error)))
             continue
         group = shape.get("group_id")
         key = number if group is None else (shape["label"], str(group))
         label = labels[shape["label"]]
-        new = {"id": number, "label": label, "category_id": categories[label - 1].id, "parts": []}
-        groups.setdefault(key, new)["parts"].append(points)
-    found.usable.extend(_annotation(**each) for each in groups.values())
+        new = {"id": number, "label": label, "category": categories[label - 1], "parts": []}
+        groups.setdefault(key, new)["parts"].append(part)
+    for each in groups.values():
+        annotation = _annotation(**each, size=size)
+        if annotation is None:
+            found.rejected.append((each["id"], "mask is empty"))
+        else:
+            found.usable.append(annotation)
     return _with_image(found, record, content)
 
 
+def _size(content: dict[str, Any]) -> tuple[int, int] | None:
+    """Height and width of the image, where the file states them. Raises SourceError."""
+    height, width = content.get("imageHeight"), content.get("imageWidth")
+    return None if height is None and width is None else check_size(height, width)
+
+
 def _with_image(found: Objects, record: ImageRecord, content: dict[str, Any]) -> Objects:
-    """Add the size of the image, and the image itself where no file has it."""
-    size = (content.get("imageHeight"), content.get("imageWidth"))
-    height, width = (None, None) if size == (None, None) else check_size(*size)
+    """Add the image itself where no file has it."""
     if record.file_name not in record.annotation_files:
-        return replace(found, height=height, width=width)
-    data = content.get("imageData")
-    try:
-        image = base64.b64decode(data, validate=True) if isinstance(data, str) else b""
-    except (binascii.Error, ValueError) as error:
-        raise SourceError(f"imageData is not base64: {error}") from None
+        return found
+    image = _base64(content.get("imageData"), "imageData")
     if not image:
         raise SourceError(f"no image: neither a file beside it nor imageData (imagePath {content.get('imagePath')!r})")
-    return replace(found, height=height, width=width, image=image)
+    return replace(found, image=image)
 
 
-def _annotation(*, id: int, label: int, category_id: int, parts: list[Points]) -> dict[str, Any]:
-    xs, ys = [x for part in parts for x, _ in part], [y for part in parts for _, y in part]
+def _base64(data: Any, what: str) -> bytes:
+    """No bytes where there is no text. Raises SourceError."""
+    try:
+        return base64.b64decode(data, validate=True) if isinstance(data, str) else b""
+    except (binascii.Error, ValueError) as error:
+        raise SourceError(f"{what} is not base64: {error}") from None
+
+
+def _annotation(
+    *, id: int, label: int, category: Category, parts: list[Points | _Mask], size: tuple[int, int] | None
+) -> dict[str, Any] | None:
+    """None where masks are among the parts, and not one pixel is inside."""
+    outlines = [part for part in parts if not isinstance(part, _Mask)]
+    if len(outlines) < len(parts):
+        assert size is not None
+        drawn = _drawn(parts, size)
+        return object_of_mask(drawn, category, id_=id, label=label, crowd=False) if drawn.any() else None
+    xs, ys = [x for part in outlines for x, _ in part], [y for part in outlines for _, y in part]
     return {
         "id": id,
         "label": label,
-        "category_id": category_id,
+        "category_id": category.id,
         "bbox": [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)],
-        "area": sum(map(_area, parts)),
+        "area": sum(map(_area, outlines)),
         "iscrowd": 0,
-        "segmentation": [[value for point in part for value in point] for part in parts],
+        "segmentation": [[value for point in part for value in point] for part in outlines],
     }
+
+
+def _drawn(parts: list[Points | _Mask], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """All parts in one bitmap (H, W), as LabelMe draws them."""
+    image = Image.new("1", size[::-1])
+    for part in parts:
+        if isinstance(part, _Mask):
+            image.paste(1, part.corner, Image.fromarray(part.bitmap))
+        else:
+            ImageDraw.Draw(image).polygon(part, fill=1)
+    return np.asarray(image)
 
 
 def _area(points: Points) -> float:
@@ -123,22 +178,39 @@ def _area(points: Points) -> float:
     return abs(sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in zip(points, turned, strict=True))) / 2
 
 
-def _outline(shape: Any, labels: dict[str, int]) -> Points:
-    """The polygon of a shape. Raises SourceError with the reason why it has none."""
+def _part(shape: Any, labels: dict[str, int], size: tuple[int, int] | None) -> Points | _Mask:
+    """The polygon of a shape, or its mask. Raises SourceError with the reason why it has none."""
     if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
         raise SourceError("shape has no label")
     if shape["label"] not in labels:
         raise SourceError(f"unknown category: {shape['label']!r}")
     kind = shape.get("shape_type") or "polygon"
-    if kind not in ("polygon", "rectangle", "circle"):
-        raise SourceError(f"shape is no polygon, rectangle or circle: {kind!r}")
+    if not isinstance(kind, str) or kind not in NEEDED:
+        raise SourceError(f"shape is no polygon, rectangle, circle or mask: {kind!r}")
     points = points_of(shape.get("points"))
-    needed = {"polygon": 3, "rectangle": 2, "circle": 2}[kind]
-    if len(points) < needed:
-        raise SourceError(f"{kind} has fewer than {needed} points: {len(points)}")
+    if len(points) < NEEDED[kind]:
+        raise SourceError(f"{kind} has fewer than {NEEDED[kind]} points: {len(points)}")
+    if kind == "mask":
+        return _mask(shape, points, size)
     if kind == "circle":
         return _circle(points[0], math.dist(points[0], points[1]))
     return _rectangle(points) if kind == "rectangle" else points
+
+
+def _mask(shape: dict[str, Any], corners: Points, size: tuple[int, int] | None) -> _Mask:
+    """From an image in base64, and the first and the last pixel of where it lies."""
+    if size is None:
+        raise SourceError("mask needs imageHeight and imageWidth")
+    (left, top), (right, bottom) = ((int(x), int(y)) for x, y in corners[:2])
+    if not (0 <= left <= right < size[1] and 0 <= top <= bottom < size[0]):
+        raise SourceError(f"mask does not lie in the image: {corners[:2]} in {size[1]} x {size[0]}")
+    data = _base64(shape.get("mask"), "mask")
+    if not data:
+        raise SourceError("mask has no image")
+    bitmap = decode_ids(data, "mask") != 0
+    if bitmap.shape != (bottom - top + 1, right - left + 1):
+        raise SourceError(f"mask has {bitmap.shape[1]} x {bitmap.shape[0]} pixels, not as its corners {corners[:2]}")
+    return _Mask(bitmap, (left, top))
 
 
 def _rectangle(corners: Points) -> Points:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from sources import Built, built, masks, write_image
 
 from pipelines.storage import Store
@@ -97,9 +99,9 @@ def test_shapes_without_inside_are_rejected_alone(tmp_path: Path) -> None:
     assert len(made.rows[0].instances) == 1
     assert made.totals.annotations == len(shapes)
     assert dict(made.lost) == {
-        2: "source: shape is no polygon, rectangle or circle: 'line'",
-        3: "source: shape is no polygon, rectangle or circle: 'point'",
-        4: "source: shape is no polygon, rectangle or circle: 'mask'",
+        2: "source: shape is no polygon, rectangle, circle or mask: 'line'",
+        3: "source: shape is no polygon, rectangle, circle or mask: 'point'",
+        4: "source: mask has no image",
         5: "source: polygon has fewer than 3 points: 2",
         6: "source: points are not pairs of finite numbers",
         7: "source: points are not pairs of finite numbers",
@@ -108,6 +110,54 @@ def test_shapes_without_inside_are_rejected_alone(tmp_path: Path) -> None:
         10: "source: shape has no label",
         11: "validate: box lies outside the image: [50.0, 50.0, 10.0, 10.0] in 32 x 24",
     }
+
+
+def mask_shape(bitmap: Any, left: float, top: float, **other: Any) -> dict[str, Any]:
+    """As LabelMe writes one: a PNG of zeros and ones, and its first and last pixel."""
+    data = io.BytesIO()
+    Image.fromarray(np.asarray(bitmap, np.uint8)).save(data, "PNG")
+    height, width = np.shape(bitmap)
+    corners = [[left, top], [left + width - 1, top + height - 1]]
+    return {**shape(kind="mask", points=corners, **other), "mask": base64.b64encode(data.getvalue()).decode()}
+
+
+def test_masks_are_shapes(tmp_path: Path) -> None:
+    bitmap = np.random.RandomState(0).randint(0, 2, (6, 9))
+    alone, joined = np.zeros((2, 24, 32), bool)
+    alone[10:16, 20:29] = joined[18:24, 23:32] = bitmap
+    joined[2:11, 2:11] = True  # LabelMe draws a polygon's rim, too
+    shapes = [mask_shape(bitmap, 20.0, 10.0), shape(group=1), mask_shape(bitmap, 23, 18, group=1)]
+    write(tmp_path / "data", "a", [*shapes, mask_shape(bitmap, 2, 2, label="dog", group=1)])
+    row = labelme(tmp_path).rows[0]
+    assert [each["label"] for each in row.instances] == [1, 1, 2]
+    for found, expected, instance in zip(masks(row), (alone, joined), row.instances, strict=False):
+        np.testing.assert_array_equal(found, expected)
+        assert instance["area"] == expected.sum()
+    assert row.instances[1]["box"] == [2, 2, 32, 24]
+
+
+def test_masks_that_cannot_be_used_are_rejected_alone(tmp_path: Path) -> None:
+    good, other = mask_shape(np.ones((2, 3)), 4, 5), mask_shape(np.ones((3, 3)), 4, 5)
+    shapes = [
+        good,
+        {**good, "mask": other["mask"]},
+        {**good, "mask": "%%%"},
+        {**good, "mask": base64.b64encode(b"text").decode()},
+        mask_shape(np.ones((2, 3)), 30, 5),
+        mask_shape(np.zeros((2, 3)), 4, 5),
+    ]
+    write(tmp_path / "data", "a", shapes)
+    write(tmp_path / "data", "b", [good], imageHeight=None, imageWidth=None)
+    made = labelme(tmp_path)
+    assert made.totals.instances == 1
+    assert sorted(made.lost) == [
+        (1, "source: mask needs imageHeight and imageWidth"),
+        (2, "source: mask has 3 x 3 pixels, not as its corners [(4.0, 5.0), (6.0, 6.0)]"),
+        (3, "source: mask is not base64: Only base64 data is allowed"),
+        (4, "source: mask is not an image of a known format"),
+        (5, "source: mask does not lie in the image: [(30.0, 5.0), (32.0, 6.0)] in 32 x 24"),
+        (6, "source: mask is empty"),
+    ]
 
 
 def test_classes_may_be_given(tmp_path: Path) -> None:
@@ -187,7 +237,7 @@ def test_text_that_is_not_unicode_is_told(tmp_path: Path) -> None:
     assert made.classes == ["cat"]
     assert made.lost == [
         (1, "source: unknown category: '\\ud800'"),
-        (3, "source: shape is no polygon, rectangle or circle: '\\ud800'"),
+        (3, "source: shape is no polygon, rectangle, circle or mask: '\\ud800'"),
     ]
 
 
