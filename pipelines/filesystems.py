@@ -12,6 +12,7 @@ import fsspec
 from botocore.exceptions import ClientError
 
 from pipelines.http_session import BoundedSession
+from pipelines.storage_errors import UnfitFileError
 
 # They tell at INFO where they found which credentials.
 for _name in ("botocore", "aiobotocore"):
@@ -28,7 +29,7 @@ BODY_ATTEMPTS = 5  # of reading what an answer holds, each with requests of its 
 def filesystem(scheme: str, *, hurried: bool = False) -> Any:
     """fsspec's file system for a scheme, with the settings of the environment; `hurried` ones give up within seconds.
 
-    Raises ValueError for a setting that is nonsense.
+    Raises ValueError for a setting that is nonsense, UnfitFileError for a scheme that cannot be used by URIs alone.
     """
     settings = sorted((key, value) for key, value in os.environ.items() if key.startswith(("AWS_", "MRCNN_S3_")))
     return _filesystem_for(scheme, tuple(settings), os.getpid(), hurried)
@@ -43,7 +44,10 @@ def _filesystem_for(scheme: str, settings: tuple[tuple[str, str], ...], process:
         client = {"timeout": timeout, "trust_env": True}  # proxies, as botocore takes them
         return fsspec.filesystem(scheme, client_kwargs=client, encoded=True, skip_instance_cache=True)
     if scheme != "s3":
-        return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
+        try:
+            return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
+        except (TypeError, AttributeError):  # it lacks an argument
+            raise UnfitFileError(f"{scheme}://...", "such a file system needs more than a URI") from None
     names = {name for name, _ in settings}
     custom = not names.isdisjoint({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
     config: dict[str, Any] = {

@@ -127,6 +127,16 @@ def test_a_list_of_uris_from_disk_and_s3(s3: str, tmp_path: Path) -> None:
     assert [row.uri for row in made.rows] == [good[2]]
 
 
+def test_file_systems_that_a_uri_is_not_enough_for(tmp_path: Path) -> None:
+    """fsspec knows them, and wants to be told more than a scheme: as a list's lines they are rejects."""
+    write_image(tmp_path / "b.png")
+    (tmp_path / "list.txt").write_text("b.png\nwebhdfs://host/a.png\ndir://a/b.jpg\n")
+    made = built(tmp_path / "out", images=str(tmp_path / "list.txt"), format="images")
+    assert made.rejects == dict.fromkeys(("a.png", "b.jpg"), "read: such a file system needs more than a URI")
+    with pytest.raises(ValueError, match=r"webhdfs://... cannot be read: such a file system needs more than a URI"):
+        built(tmp_path / "other", images="webhdfs://host/images", format="images")
+
+
 def test_secrets_of_a_list_are_not_told(tmp_path: Path) -> None:
     lines = ["s3://KEY:SECRET@bucket/a.jpg", "s3://KEY:SEC/RET@bucket/a.jpg", "s3://KEY:SECRET@bucket/a.jpg"]
     write_image(tmp_path / "b.png")
