@@ -11,6 +11,7 @@ fault (credentials, an endpoint that is gone, a full disk) ends the build.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +39,7 @@ READ_TOGETHER = 4  # files, by each of the threads: to wake it for one takes lon
 TOGETHER = 8  # images that take a step together, unless they are large
 TOGETHER_BYTES = 16 * 2**20  # of their pixels
 ROWS_TOGETHER = 32
+DEEPEST = 2000  # calls within each other: twice Python's, for what the driver could just parse lies deeper here
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def make_shard(task: dict[str, Any], settings: ShardSettings) -> dict[str, Any]:
     """A task of Ray Data: {name, records, scales} -> {name, receipts}, one for each of the scales (JSON, their places
     among the settings')."""
     use_one_thread()
+    sys.setrecursionlimit(max(DEEPEST, sys.getrecursionlimit()))
     allow_pixels(settings.max_pixels)
     records = [ImageRecord(**each) for each in json.loads(task["records"])]
     wanted = replace(settings, scales=tuple(settings.scales[i] for i in json.loads(task["scales"])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,29 @@ def test_what_is_not_json_is_refused_with_the_byte(tmp_path: Path, data: bytes, 
     with pytest.raises(ValueError, match=r"coco\.json is not valid JSON") as error:
         read_coco(config(tmp_path, data))
     assert message in str(error.value)
+
+
+def test_what_the_driver_can_parse_tasks_can(tmp_path: Path) -> None:
+    """However deep: a task's calls lie deeper within each other than the driver's."""
+    before, usual = sys.getrecursionlimit(), 1000  # Hypothesis has raised it perhaps
+    image = write_image(tmp_path / "images/bild.png").name
+    told: set[str] = set()
+    for depth in range(usual - 300, usual, 3):
+        deep = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5], "iscrowd": "DEEP"}
+        content = {**SMALL, "images": [{"id": 1, "file_name": image}], "annotations": [deep]}
+        text = json.dumps(content).replace('"DEEP"', "[" * depth + "]" * depth)
+        given_config = config(tmp_path, text.encode())
+        out = tmp_path / f"out-{depth}"
+        sys.setrecursionlimit(usual)
+        try:
+            made = built(out, images=given_config.images, annotations=given_config.annotations)
+            told.add(made.lost[0][1][:40])
+        except ValueError as error:
+            told.add(str(error).split("(")[1][:24])
+        finally:
+            sys.setrecursionlimit(before)
+    assert "validate: iscrowd is neither 0 nor 1: [[" in told
+    assert told <= {"validate: iscrowd is neither 0 nor 1: [[", "it is nested too deeply,"}
 
 
 def test_byte_order_mark_and_any_order_of_keys(tmp_path: Path) -> None:
