@@ -25,11 +25,17 @@ REJECTS = pa.schema(
     ]
 )
 REJECTED_ANNOTATIONS = REJECTS.insert(2, pa.field("annotation_id", pa.int64()))
+LONGEST = 1000  # characters of a reason, which may quote what is of any size
 
 
 def printable(text: str) -> str:
     """The text as it can be stored, whatever bytes or JSON escapes it comes from."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def _short(reason: str) -> str:
+    text = printable(reason)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Reject:
     reason: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reason", printable(self.reason))  # which may quote what is no Unicode
+        object.__setattr__(self, "reason", _short(self.reason))  # which may quote what is no Unicode
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class RejectedAnnotation:
     reason: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reason", printable(self.reason))
+        object.__setattr__(self, "reason", _short(self.reason))
 
 
 class SourceError(ValueError):

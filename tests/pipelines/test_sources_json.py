@@ -6,6 +6,7 @@ import json
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,9 @@ def test_reasons_are_stored_whatever_they_quote(tmp_path: Path) -> None:
     assert made.lost == [(1, f"validate: {told}")]
     for reject in (Reject("a", 1, "read", "\ud800"), RejectedAnnotation("a", 1, 1, "validate", "\ud800")):
         assert reject.reason == "\\ud800"
+    for reject in (Reject("a", 1, "read", "\ud800" * 10**5), RejectedAnnotation("a", 1, 1, "validate", "a" * 10**6)):
+        assert len(reject.reason) == 1003, "or a mistake would fill the list, and the terminal"
+        assert replace(reject) == reject, "also read again, from a receipt"
 
 
 @settings(max_examples=60, deadline=None)
