@@ -15,7 +15,7 @@ from mrcnn.structures import Category
 from pipelines.config import BuildConfig
 from pipelines.records import ImageRecord, Images, Objects, Reject, RejectedAnnotation, SourceData, printable
 from pipelines.sources.json_stream import Element, JsonObject, file_blocks
-from pipelines.sources.names import name_fault, shown_uri
+from pipelines.sources.names import name_fault, plain_name, shown_uri
 from pipelines.storage import open_store, split_uri
 
 INT64, INT32 = 2**63, 2**31
@@ -228,7 +228,9 @@ def _image_fault(image: dict[str, Any]) -> str | None:
 def _file_name(image: dict[str, Any]) -> Any:
     """An image's file_name; where LVIS has none, folder and name at the end of its address in COCO."""
     name, address = image.get("file_name"), image.get("coco_url")
-    return "/".join(address.split("/")[-2:]) if name is None and isinstance(address, str) else name
+    if name is None and isinstance(address, str):
+        name = "/".join(address.split("/")[-2:])
+    return plain_name(name) if isinstance(name, str) else name
 
 
 def _keypoint_fault(keypoints: Any, expected: int) -> str | None:

@@ -17,6 +17,7 @@ from pipelines.sources.names import (
     image_ids,
     name_fault,
     names_sha256,
+    plain_name,
     shown_uri,
     text_fault,
     unfollowed_folders,
@@ -133,6 +134,7 @@ def listed_files(uri: str) -> Iterator[tuple[str, str | None]]:
             at += len(data)
             if line.strip():
                 is_empty = False
+                line = plain_name(line)
                 full = line if "://" in line or line.startswith("/") else f"{store.uri}/{line}"
                 yield full, _line_fault(line, full)
     if is_empty:

@@ -38,6 +38,11 @@ def name_fault(name: str) -> str | None:
     return text_fault(name)
 
 
+def plain_name(name: str) -> str:
+    """A name or URI without parts that are a dot, which disks pass over and object stores do not know."""
+    return "/".join(part for part in name.split("/") if part != ".")
+
+
 def text_fault(name: str) -> str | None:
     """Why a name cannot be stored: bytes on disk, or escapes in JSON, that are not Unicode."""
     try:

@@ -10,7 +10,7 @@ from mrcnn.structures import Category
 from pipelines.config import Format
 from pipelines.records import ImageRecord, Images, Objects, SourceError, Stage
 from pipelines.sources import SOURCES
-from pipelines.sources.names import LINK_OUTSIDE, links_outside, name_fault
+from pipelines.sources.names import LINK_OUTSIDE, links_outside, name_fault, plain_name
 from pipelines.storage import Store
 from pipelines.storage_errors import FileRefusedError, UnfitFileError
 from pipelines.transforms import MAX_PIXELS, DecodeError, Pixels, decode
@@ -66,7 +66,7 @@ def read_record(images: Images, record: ImageRecord, *, follow_links: bool, max_
 
 def _with_slashes(images: Images, name: str) -> str | None:
     """The name that a Windows program means by one with backslashes, below the folder."""
-    other = name.replace("\\", "/")
+    other = plain_name(name.replace("\\", "/"))
     return other if other != name and isinstance(images, Store) and name_fault(other) is None else None
 
 

@@ -55,7 +55,7 @@ def test_backslashes_are_slashes_where_no_file_has_them(tmp_path: Path) -> None:
     made = built(tmp_path / "out", images=str(tmp_path / "images"), annotations=str(tmp_path / "coco.json"))
     assert [row.uri.removeprefix(f"{tmp_path}/images/") for row in made.rows] == [
         "train/a.png",
-        "./train/a.png",
+        "train/a.png",
         "both\\c.png",
     ]
     assert made.rejects == {
@@ -77,6 +77,26 @@ def test_odd_names_are_read_from_s3(s3: str, tmp_path: Path) -> None:
     assert made.totals.rejects == len(OUTSIDE)
     listed = built(tmp_path / "listed", images=f"{s3}/odd", format="images")
     assert sorted(row.uri for row in listed.rows) == sorted(f"{s3}/odd/{name}" for name in names)
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_dots_in_names_mean_nothing(tmp_path: Path, where: str, request: pytest.FixtureRequest) -> None:
+    """Also on S3, which takes such a name for a mistake of the request."""
+    uri = str(tmp_path / "images")
+    if where == "s3":
+        uri = f"{request.getfixturevalue('s3')}/dots"
+    for name in ("a.png", "deep/b.png", "c.png"):
+        open_store(uri).write_bytes(name, write_image(tmp_path / "picture.png").read_bytes())
+    names = ["./a.png", "././deep/./b.png", "./", ".", "./../secret.png", "/./etc/passwd"]
+    (tmp_path / "coco.json").write_text(json.dumps(coco_of(names)))
+    made = built(tmp_path / "out", images=uri, annotations=str(tmp_path / "coco.json"))
+    assert [row.uri for row in made.rows] == [f"{uri}/a.png", f"{uri}/deep/b.png"]
+    assert made.totals.rejects == 4
+    assert set(made.rejects.values()) == {"source: file name leads out of the image folder"}
+    open_store(uri).write_bytes("list.txt", f"./a.png\n{uri}/./deep/./b.png\n./c.png\na.png\n".encode())
+    listed = built(tmp_path / "listed", images=f"{uri}/list.txt", format="images")
+    assert [row.uri for row in listed.rows] == [f"{uri}/a.png", f"{uri}/deep/b.png", f"{uri}/c.png"]
+    assert listed.rejects == {"a.png": "source: listed twice"}
 
 
 @pytest.mark.parametrize("where", ["disk", "s3"])
