@@ -6,12 +6,13 @@ import io
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.config import BuildConfig
-from pipelines.manifest import RejectList, Totals, reject_list
+from pipelines.manifest import Manifest, RejectList, Totals, reject_list
 from pipelines.records import (
     REJECTED_ANNOTATIONS,
     REJECTS,
@@ -28,6 +29,7 @@ from pipelines.storage import Store
 
 REJECTS_FILE = "rejects.parquet"
 REJECTED_ANNOTATIONS_FILE = "rejected_annotations.parquet"
+TOLD = ["uri", "stage", "reason"]  # columns of a list
 EXAMPLES = 3
 WITH_ITS_IMAGE = "image rejected:"  # how the reason begins where the annotation is not at fault
 
@@ -109,18 +111,27 @@ def account(source: SourceData, receipts: Collection[Receipt] = (), *, complete:
     )
 
 
-def read_accounts(out: Store, totals: Totals) -> Accounts:
+def read_accounts(out: Store, manifest: Manifest) -> Accounts:
     """The accounts of a finished build."""
+    totals = manifest.totals
     sums = {each.name: getattr(totals, each.name) for each in fields(totals) if not each.name.startswith("reject")}
-    rejects = [Reject(**each) for each in _read(out, REJECTS_FILE).to_pylist()]
-    lost = [RejectedAnnotation(**each) for each in _read(out, REJECTED_ANNOTATIONS_FILE).to_pylist()]
+    rejects = [Reject(**each) for each in _read(out, REJECTS_FILE, REJECTS, manifest)]
+    lost = [
+        RejectedAnnotation(**each) for each in _read(out, REJECTED_ANNOTATIONS_FILE, REJECTED_ANNOTATIONS, manifest)
+    ]
     return Accounts(**sums, rejects=rejects, rejected_annotations=lost)
 
 
-def _read(out: Store, name: str) -> pa.Table:
+def _read(out: Store, name: str, schema: pa.Schema, manifest: Manifest) -> list[dict[str, Any]]:
     data = out.read_bytes(name)
+    stated = {each.name: each for each in manifest.reject_lists}
     with _damage_told(out, name):
-        return pq.read_table(io.BytesIO(data))
+        if stated and stated.get(name) != reject_list(name, data):
+            raise ValueError("its checksum is not the stated one")
+        table = pq.read_table(io.BytesIO(data))
+        if not table.schema.equals(schema):
+            raise ValueError(f"its columns are {table.schema.names}")
+        return table.to_pylist()
 
 
 @contextmanager
@@ -161,11 +172,17 @@ class Rejected:
     """URI and full reason of the first few"""
 
 
+def _has_nulls(batch: pa.RecordBatch) -> bool:
+    return any(column.null_count for column in batch.columns)
+
+
 def rejected_in(out: Store, name: str) -> list[Rejected]:
     """What a list of rejects that lies there holds, most frequent reason first. The list is never in memory."""
     found: dict[str, Rejected] = {}
     with out.local_copy(name) as path, _damage_told(out, name), pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=["uri", "stage", "reason"]):
+        for batch in file.iter_batches(columns=TOLD):
+            if [field.type for field in batch.schema] != [pa.string()] * len(TOLD) or _has_nulls(batch):
+                raise ValueError(f"of {', '.join(TOLD)} not all are there")
             for uri, stage, reason in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 shared = without_particulars(stage, reason)
                 same = found.setdefault(shared, Rejected(shared))

@@ -181,7 +181,7 @@ def _folder(config: BuildConfig, source: SourceData, scale: Scale, shards: Shard
 
 def _check_finished(out: Store, config: BuildConfig) -> None:
     """The shares may be lower than when it was built."""
-    if excess := read_accounts(out, Manifest.read(out).totals).excess(config):
+    if excess := read_accounts(out, Manifest.read(out)).excess(config):
         raise ValueError(
             f"{excess}. {out.uri} is finished, and stays as it is: allow more, or mend them and give a new --out"
         )

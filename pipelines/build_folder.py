@@ -17,7 +17,7 @@ from typing import Any
 
 from pipelines.manifest import FILE_NAME, Manifest, RejectList, ShardInfo
 from pipelines.prefetch import prefetched
-from pipelines.shard_task import PROGRESS, Receipt, receipt_name
+from pipelines.shard_task import PROGRESS, Receipt, receipt_name, unsealed
 from pipelines.storage import Store
 
 PLAN = f"{PROGRESS}/build.json"
@@ -119,27 +119,31 @@ def _read_plan(out: Store) -> dict[str, Any] | None:
 
 
 def _receipts(out: Store, sizes: dict[str, int], shards: Mapping[str, str]) -> dict[str, Receipt]:
-    """A shard without a receipt, or not as its receipt says, or of files that have changed since, is none."""
-    names = [name for name in shards if name in sizes and receipt_name(name) in sizes]
+    """A shard without a receipt, or not as its receipt says, or of files that have changed since, is none; such a
+    receipt goes, for what it says may fit the next shard of this name."""
+    names = [name for name in shards if receipt_name(name) in sizes]
     found = zip(names, prefetched(partial(_receipt, out), names, threads=READ_THREADS, ahead=READ_AHEAD), strict=True)
-    return {
+    good = {
         name: each
         for name, each in found
         if each and each.versions_sha256 == shards[name] and not not_as_stated(sizes, [each.info])
     }
+    forget(out, [name for name in names if name not in good])
+    return good
 
 
 def _receipt(out: Store, shard: str) -> Receipt | None:
     try:
-        return Receipt.from_json(out.read_bytes(receipt_name(shard)))
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # tidied up just now, or of another version
+        return unsealed(out.read_bytes(receipt_name(shard)))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # tidied up just now, damaged, or of another version
         return None
 
 
 def forget(out: Store, shards: Collection[str]) -> None:
     """Let shards be made again."""
     for name in shards:
-        out.remove(receipt_name(name))
+        with suppress(FileNotFoundError):  # the same build, run twice at once, has ended
+            out.remove(receipt_name(name))
 
 
 def clear(out: Store) -> None:

@@ -12,6 +12,7 @@ from pipelines.dataset import Row, ShardDataset
 from pipelines.scaling import Scaling, scale_instance
 from pipelines.storage import open_store
 from pipelines.transforms import Pixels, encode
+from pipelines.verify_rows import instance_faults
 
 FILE_NAME = "contact_sheet.png"
 COLUMNS = 3
@@ -29,9 +30,18 @@ def write_contact_sheet(data: str, out: str, images: int) -> str:
     check_images(images)
     dataset, store = ShardDataset(data), open_store(out)
     numbers = np.unique(np.linspace(0, len(dataset) - 1, min(images, len(dataset)), dtype=np.int64)).tolist()
-    cells = [draw_cell(dataset.read(number), dataset) for number in numbers]
+    cells = [draw_cell(_sound_row(dataset, number), dataset) for number in numbers]
     store.write_bytes(FILE_NAME, bytes(encode(_arrange(cells), "png")))
     return store.uri_of(FILE_NAME)
+
+
+def _sound_row(dataset: ShardDataset, number: int) -> Row:
+    """A row that can be drawn: a damaged coordinate may be so large that OpenCV takes all memory."""
+    row = dataset.read(number)
+    faults = (fault for each in row.instances for fault in instance_faults(each, row.size, dataset.categories))
+    if fault := next(faults, None):
+        raise ValueError(f"{dataset.uri} is damaged (row {number}: {fault}): run `mrcnn verify-data {dataset.uri}`")
+    return row
 
 
 def check_images(images: int) -> None:

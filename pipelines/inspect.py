@@ -183,7 +183,7 @@ def _read_shard(store: Store, shard: ShardInfo) -> pa.Table:
     try:
         source = pa.memory_map(str(store.path / shard.name)) if store.is_local else _RemoteFile(store, shard)
         with source, pa.ipc.open_file(source, options=options) as reader:
-            table = reader.read_all()
+            table = _checked(reader)
     except FileNotFoundError:
         raise FileNotFoundError(f"{store.uri_of(shard.name)} is missing: run `mrcnn verify-data {store.uri}`") from None
     except UNREADABLE as error:
@@ -192,6 +192,24 @@ def _read_shard(store: Store, shard: ShardInfo) -> pa.Table:
         ) from None
     if len(table) != shard.rows:
         raise ValueError(f"{store.uri_of(shard.name)} has {len(table)} rows, its manifest says {shard.rows}")
+    return table
+
+
+def _checked(reader: pa.RecordBatchFileReader) -> pa.Table:
+    """The rows of a shard. Raises what `UNREADABLE` names where they cannot be counted: of damaged ones Arrow would
+    follow offsets that point anywhere."""
+    expected = pa.schema([SHARD.field(name) for name in SHARD.names if name in COLUMNS])
+    if not reader.schema.equals(expected):
+        raise ValueError("its schema is not that of this version")
+    batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    for batch in batches:
+        batch.validate(full=True)
+    table = pa.Table.from_batches(batches, expected)
+    found = pc.list_flatten(table["instances"]).combine_chunks()
+    counted = [*table.columns, found, *(found.field(name) for name in ("label", "area", "iscrowd"))]
+    sides = [pc.min(table[name]).as_py() for name in COLUMNS[:4]] if len(table) else []
+    if any(column.null_count for column in counted) or any(side <= 0 for side in sides):
+        raise ValueError("a row has no size, no label or no area")
     return table
 
 

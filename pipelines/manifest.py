@@ -96,7 +96,7 @@ class Manifest:
     def digest(self) -> str:
         """sha256 of all but the lists of rejects: the identity of the data set. (Lists are Parquet, which names the
         version of its writer.)"""
-        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+        return _digest(self._content())
 
     def _content(self) -> dict[str, Any]:
         categories = [{"label": i, **_category(each)} for i, each in enumerate(self.categories, start=1)]
@@ -148,9 +148,14 @@ class Manifest:
             totals=Totals(**content["totals"]),
             reject_lists=tuple(RejectList(**each) for each in content.get("reject_lists", ())),
         )
-        if manifest.digest != content["digest"]:
+        written = {key: value for key, value in content.items() if key not in ("digest", "reject_lists")}
+        if not manifest.digest == _digest(written) == content["digest"]:  # of what was not parsed, too
             raise ValueError(f"{uri}/{FILE_NAME} was changed after it was written: build the data again")
         return manifest
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _category(category: Category) -> dict[str, Any]:

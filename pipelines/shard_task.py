@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import xxhash
+
 from mrcnn.structures import Category
 from pipelines.config import Encoding, Format
 from pipelines.manifest import ShardInfo, check_sum
@@ -76,7 +78,7 @@ class Receipt:
     """Of objects in tiles: left out, because too small a share of the object"""
 
     def to_json(self) -> str:
-        """For a row of Ray Data and for _progress/."""
+        """For a row of Ray Data."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -91,6 +93,20 @@ class Receipt:
                 "rejected_annotations": [RejectedAnnotation(**each) for each in content["rejected_annotations"]],
             }
         )
+
+
+def sealed(receipt: Receipt) -> bytes:
+    """A receipt as it is stored, behind its checksum: what is damaged in it would go into the manifest."""
+    text = receipt.to_json().encode()
+    return xxhash.xxh3_128(text).hexdigest().encode() + b"\n" + text
+
+
+def unsealed(data: bytes) -> Receipt:
+    """The inverse of `sealed`. Raises ValueError where it was damaged, or made by another version."""
+    checksum, _, text = data.partition(b"\n")
+    if checksum != xxhash.xxh3_128(text).hexdigest().encode():
+        raise ValueError("its checksum is not the stated one")
+    return Receipt.from_json(text)
 
 
 def receipt_name(shard: str) -> str:
@@ -129,7 +145,7 @@ class _ShardTask:
         receipts = [self._receipt(info, versions_sha256(records)) for info in self._write(name, records)]
         check_sum("images", len(records), self.images, len(self.rejects))
         for scale, receipt in zip(self.settings.scales, receipts, strict=True):
-            scale.out.write_bytes(receipt_name(name), receipt.to_json().encode())
+            scale.out.write_bytes(receipt_name(name), sealed(receipt))
         return receipts
 
     def _write(self, name: str, records: list[ImageRecord]) -> list[ShardInfo]:

@@ -109,7 +109,7 @@ def _list_faults(store: Store, sizes: dict[str, int], manifest: Manifest) -> Ite
         if name in sizes:
             data = store.read_bytes(name)
             fault = _list_fault(data, schema, count)
-            if fault is None and name in stated and stated[name] != reject_list(name, data):
+            if fault is None and stated and stated.get(name) != reject_list(name, data):
                 fault = "its checksum is not the stated one"
             if fault is not None:
                 yield f"{name}: {fault}"

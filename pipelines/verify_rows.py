@@ -24,7 +24,7 @@ def row_faults(row: dict[str, Any], image: memoryview, categories: Sequence[Cate
     elif (row["height"] or 0) > 0 and (row["width"] or 0) > 0:
         size = row["height"], row["width"]
         for i, instance in enumerate(row["instances"]):
-            for fault in _instance_faults(instance, size, categories):
+            for fault in instance_faults(instance, size, categories):
                 yield f"instance {i}: {fault}"
 
 
@@ -51,9 +51,10 @@ def _tile_faults(row: dict[str, Any]) -> Iterator[str]:
         yield f"its tile of {size['width']} x {size['height']} does not lie in its image: {tile}"
 
 
-def _instance_faults(
+def instance_faults(
     instance: dict[str, Any] | None, size: tuple[int, int], categories: Sequence[Category]
 ) -> Iterator[str]:
+    """Of an instance as a Python value, in an image of (height, width)."""
     if instance is None:
         yield "it is null"
         return
