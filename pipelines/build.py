@@ -273,7 +273,7 @@ def _conclude(prepared: PreparedBuild, folder: Folder, receipts: list[Receipt]) 
     lists = accounts.write_rejects(out)
     shards = tuple(receipt.info for receipt in receipts)
     totals = accounts.totals()
-    missing = not_as_stated(dict(out.entries()), shards)
+    missing = not_as_stated(dict(out.files()), shards)
     if missing or len(shards) != len(prepared.shards):
         raise LostError(f"{out.uri}: {missing or 'shards'} are not as they were written: run the same command again")
     Manifest(prepared.source.categories, folder.plan, shards, totals, reject_lists=lists).write(out)

@@ -29,7 +29,7 @@ READ_THREADS, READ_AHEAD = 16, 64  # receipts are small and perhaps many: only l
 
 def check_free(out: Store, plan: dict[str, Any]) -> None:
     """Raise ValueError where another build is there. Changes nothing."""
-    sizes = dict(out.entries())
+    sizes = sizes_in(out)
     _refuse_unknown(out, sizes)
     if FILE_NAME in sizes:
         _refuse_other(out, Manifest.read(out).build, plan)
@@ -48,7 +48,7 @@ def claim(out: Store, plan: dict[str, Any], shards: Mapping[str, str]) -> dict[s
 
     Raises ValueError where another build is there.
     """
-    sizes = dict(out.entries())
+    sizes = sizes_in(out)
     if _is_finished(out, plan, sizes=sizes, shards=shards):
         return None
     _refuse_unknown(out, sizes)
@@ -85,12 +85,22 @@ def _is_finished(out: Store, plan: dict[str, Any], *, sizes: dict[str, int], sha
     return len(manifest.shards) == len(shards) and not not_as_stated(sizes, files)
 
 
+def sizes_in(out: Store) -> dict[str, int]:
+    """Files of the folder and of _progress/, with their bytes. First the latter, that no receipt is newer than what is
+    known of its shard."""
+    progress = {f"{PROGRESS}/{name}": size for name, size in out.join(PROGRESS).files()}
+    return progress | dict(out.files())
+
+
 def not_as_stated(sizes: dict[str, int], files: Collection[ShardInfo | RejectList]) -> list[str]:
     """Names of the files that are not there in their size."""
     return [file.name for file in files if sizes.get(file.name) != file.bytes]
 
 
 def _refuse_unknown(out: Store, sizes: dict[str, int]) -> None:
+    own = (PLAN, receipt_name(SHARD).removesuffix(".json"))
+    if others := [name for name in sizes if name.startswith(f"{PROGRESS}/") and not name.startswith(own)]:
+        raise ValueError(f"{out.uri} holds another program's {others[0]}: choose another --out, or empty this one")
     begun = PLAN in sizes or FILE_NAME in sizes
     if not begun and any(name.startswith(SHARD) for name in sizes):
         raise ValueError(f"{out.uri} holds shards of an unknown build: choose another --out, or empty this one")
@@ -148,7 +158,7 @@ def forget(out: Store, shards: Collection[str]) -> None:
 
 def clear(out: Store) -> None:
     """Remove all shards, those without receipt, too, and all that says which build it was."""
-    for name in [name for name, _ in out.entries((".arrow",)) if name.startswith(SHARD)]:
+    for name in [name for name, _ in out.files() if name.startswith(SHARD) and name.endswith(".arrow")]:
         with suppress(FileNotFoundError):  # the same build, run twice at once, does the same
             out.remove(name)
     tidy(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from typing import Any
 
 import aiohttp
@@ -19,6 +20,8 @@ for _name in ("botocore", "aiobotocore"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 WEB = ("http", "https")
+ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+ENDPOINT = re.compile(r"https?://([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d+)?(/[^\s?#@]*)?")
 CONNECT_SECONDS = 3
 HURRIED_SECONDS = 4.0
 READ_SECONDS = 20.0  # without a single byte; MRCNN_S3_READ_SECONDS sets another bound
@@ -48,24 +51,35 @@ def _filesystem_for(scheme: str, settings: tuple[tuple[str, str], ...], process:
             return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
         except (TypeError, AttributeError):  # it lacks an argument
             raise UnfitFileError(f"{scheme}://...", "such a file system needs more than a URI") from None
-    names = {name for name, _ in settings}
-    custom = not names.isdisjoint({"AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"})
+    endpoints = [(name, value) for name, value in settings if name in ENDPOINTS and value]
+    for name, value in endpoints:
+        _check_endpoint(name, value)
     config: dict[str, Any] = {
         "connect_timeout": CONNECT_SECONDS,
-        "read_timeout": min(_read_seconds(), HURRIED_SECONDS) if hurried else _read_seconds(),
+        "read_timeout": _read_seconds(HURRIED_SECONDS if hurried else READ_SECONDS),
         "retries": {"mode": "standard", "total_max_attempts": 2 if hurried else ATTEMPTS},
         "max_pool_connections": 32,
         "http_session_cls": BoundedSession,
     }
-    if custom:  # bucket.127.0.0.1 is no host
+    if endpoints:  # bucket.127.0.0.1 is no host
         config["s3"] = {"addressing_style": "path"}
     made = fsspec.filesystem("s3", config_kwargs=config, skip_instance_cache=True, use_listings_cache=False)
     made.retries = 1  # botocore has tried again what s3fs would
     return made
 
 
-def _read_seconds() -> float:
-    value = os.environ.get("MRCNN_S3_READ_SECONDS", READ_SECONDS)
+def _check_endpoint(name: str, value: str) -> None:
+    """Raise ValueError, without what may be secret in it, for what is no endpoint."""
+    if not ENDPOINT.fullmatch(value):
+        shown = "" if "@" in value or "?" in value else f" {value!r}"
+        raise ValueError(
+            f"{name}{shown} is not the address of a server: write http://host:port or https://host, and credentials "
+            "into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+
+
+def _read_seconds(default: float) -> float:
+    value = os.environ.get("MRCNN_S3_READ_SECONDS", default)
     try:
         seconds = float(value)
     except ValueError:

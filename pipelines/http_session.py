@@ -21,6 +21,7 @@ SLOWEST = 10_000  # bytes a second
 SILENCES = 3  # of the longest that is borne, in which an answer has to come, or as much of its body
 IN_FLIGHT = 4 * 2**20  # bytes that may have been read of a file and still wait here to be sent
 LOOKS = 8  # at how much has been read, in the time that is allowed for this
+LATER, UNAVAILABLE = (409, 429), 503  # two writers of one file at once, too many requests: not S3's words for it
 SIZES = ("Content-Length", "X-Amz-Decoded-Content-Length")  # the latter over TLS, where checksums come after the bytes
 
 
@@ -46,6 +47,8 @@ class BoundedSession(AIOHTTPSession):
                     answer = await super().send(request)
         except TimeoutError as error:
             raise ReadTimeoutError(endpoint_url=request.url, error=error) from None
+        if answer.status_code in LATER:
+            answer.status_code = UNAVAILABLE  # which botocore tries again
         if request.stream_output:
             self._bodies[answer.raw] = time.monotonic(), 0
             self._look_later()

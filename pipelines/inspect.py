@@ -181,7 +181,7 @@ def _read_shard(store: Store, shard: ShardInfo) -> pa.Table:
     """The small columns of a shard: Arrow reads no bytes of the others."""
     options = pa.ipc.IpcReadOptions(included_fields=[SHARD.get_field_index(name) for name in COLUMNS])
     try:
-        source = pa.memory_map(str(store.path / shard.name)) if store.is_local else _RemoteFile(store, shard)
+        source = _mapped(store, shard) if store.is_local else _RemoteFile(store, shard)
         with source, pa.ipc.open_file(source, options=options) as reader:
             table = _checked(reader)
     except FileNotFoundError:
@@ -193,6 +193,14 @@ def _read_shard(store: Store, shard: ShardInfo) -> pa.Table:
     if len(table) != shard.rows:
         raise ValueError(f"{store.uri_of(shard.name)} has {len(table)} rows, its manifest says {shard.rows}")
     return table
+
+
+def _mapped(store: Store, shard: ShardInfo) -> pa.MemoryMappedFile:
+    """A shard on disk. Raises OSError or, before it opens a pipe, ValueError."""
+    path = store.path / shard.name
+    if (size := path.stat().st_size) != shard.bytes:
+        raise ValueError(f"it has {size} bytes, its manifest says {shard.bytes}")
+    return pa.memory_map(str(path))
 
 
 def _checked(reader: pa.RecordBatchFileReader) -> pa.Table:

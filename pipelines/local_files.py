@@ -56,6 +56,9 @@ def open_to_write(path: Path, flags: int = 0) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o666)
 
 
+PART = f".*.{'[0-9a-f]' * 32}.part"  # others' files may end alike: those of a download beside it
+
+
 def held_part(target: Path) -> tuple[Path, BinaryIO]:
     """A new part of a file, open and locked."""
     while True:
@@ -72,7 +75,7 @@ def rename(part: Path, target: Path, *, replace: bool = True) -> bool:
     """Give a finished file its name; False where there is one already that is not to be replaced."""
     with plain_errors(str(target)):
         if replace:
-            os.replace(part, target)
+            _replace(part, target)
             return True
         try:
             os.link(part, target)
@@ -83,6 +86,15 @@ def rename(part: Path, target: Path, *, replace: bool = True) -> bool:
                 raise
             os.replace(part, target)
         return True
+
+
+def _replace(part: Path, target: Path) -> None:
+    try:
+        os.replace(part, target)
+    except IsADirectoryError:
+        raise ValueError(
+            f"{target} cannot be written, a folder has its name: remove it, then run the same command again"
+        ) from None
 
 
 def lock(file: BinaryIO, kind: int) -> bool:

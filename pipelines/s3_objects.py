@@ -7,6 +7,7 @@ already, too; it would ask for the size before it reads an object; of a file tha
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from s3fs.core import S3_RETRYABLE_ERRORS
 
 from pipelines.filesystems import BODY_ATTEMPTS, filesystem
 from pipelines.local_files import check_bytes
-from pipelines.storage_errors import plain_errors
+from pipelines.storage_errors import UnreachableError, endpoint_hint, plain_errors
 
 SINGLE_PUT = 5 * 2**30  # bytes, S3's bound. Parts of a larger file would stay, unseen but paid for, if its writer died
 
@@ -63,3 +64,21 @@ def put(file: Path, path: str) -> None:
     bucket, _, key = path.partition("/")
     with plain_errors(uri), file.open("rb") as body:
         filesystem("s3").call_s3("put_object", Bucket=bucket, Key=key, Body=body)
+
+
+def listed(path: str, *, below: bool) -> Iterator[tuple[str, int, str]]:
+    """Names, bytes and ETags of the objects in a bucket, or in bucket/prefix, in pages of 1000; without those of the
+    folders `below`, if so."""
+    uri, (bucket, _, prefix) = f"s3://{path}", path.partition("/")
+    prefix = f"{prefix}/" if prefix else ""
+    more = {} if below else {"Delimiter": "/"}
+    while True:
+        with plain_errors(uri):
+            page = filesystem("s3").call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+        files = (each for each in page.get("Contents", ()) if not each["Key"].endswith("/"))
+        yield from ((each["Key"][len(prefix) :], each["Size"], each.get("ETag", "")) for each in files)
+        if page.get("IsTruncated") is False:
+            return
+        if not page.get("NextContinuationToken"):  # a proxy's own page, perhaps: what is not listed would be lost
+            raise UnreachableError(f"{uri} cannot be listed{endpoint_hint(uri)}: the answer is not S3's")
+        more["ContinuationToken"] = page["NextContinuationToken"]

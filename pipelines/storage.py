@@ -21,9 +21,10 @@ import fsspec
 
 from pipelines import s3_objects
 from pipelines.filesystems import ATTEMPTS, WEB, filesystem, is_conflict
-from pipelines.local_files import held_part, lock, nameless_file, read_whole, remove_empty, rename
+from pipelines.local_files import PART, held_part, lock, nameless_file, read_whole, remove_empty, rename
 from pipelines.storage_errors import (
     LOGIN,
+    CredentialsError,
     FileRefusedError,
     UnreachableError,
     endpoint_hint,
@@ -34,8 +35,12 @@ from pipelines.storage_errors import (
 
 CHANGES = ("mtime", "etag", "md5Hash")  # what listings have that changes with a file: of disks, Azure and Google
 DELETED_AT_ONCE = 1000  # S3's bound
+NEARLY = ("s3:", "file:")  # how mistyped URIs begin, which would be folders of such names here
 BLOCK = 8 * 2**20  # bytes of a request for a part of a large file
 CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".png": "image/png"}  # browsers show them, and save others
+
+Listed = tuple[str, int, str]
+"""Name, bytes and what changes with the file"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ class Store:
                 return self._call("cat_file", name)
             with plain_errors(self.uri_of(name)):  # an image a millisecond: fsspec takes as long as the disk
                 return read_whole(self.uri_of(name), at_most)
+        except CredentialsError:
+            raise
         except PermissionError as error:
             if self._scheme not in WEB:  # which has no folders
                 self.check_folder()
@@ -201,7 +208,7 @@ class Store:
 
     def remove_leftovers(self) -> None:
         """Remove what writers that were killed have left in this very folder, unseen. Living ones lose nothing."""
-        for part in self.path.glob(".*.part") if self.is_local else ():
+        for part in self.path.glob(PART) if self.is_local else ():
             with suppress(FileNotFoundError), part.open("rb") as held:
                 if lock(held, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     part.unlink()
@@ -241,7 +248,9 @@ class Store:
         with plain_errors(self.uri):
             answer = self._fs.call_s3("delete_objects", Bucket=bucket, Delete=keys)
         for error in answer.get("Errors", ()):
-            raise PermissionError(f"{self.uri} cannot be removed: {error.get('Key')}: {error.get('Message')}")
+            kind = PermissionError if error.get("Code") == "AccessDenied" else UnreachableError
+            told = f"{error.get('Key')} cannot be removed from {self.uri}: {error.get('Message')}"
+            raise kind(f"{told}: run the same command again, with credentials that may delete there")
 
     def list(self, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
         """Names of all files below, folder by folder and sorted, hidden ones left out; empty if there is no
@@ -267,61 +276,54 @@ class Store:
 
     def entries(self, suffixes: tuple[str, ...] = (), *, hidden: bool = False) -> Iterator[tuple[str, int]]:
         """Names as in `list`, each with its bytes; with the hidden ones where they are wanted."""
-        return (each[:2] for each in self._listed(suffixes, hidden=hidden, follow_links=False))
+        return (each[:2] for each in _fitting(self._walk(), suffixes, hidden=hidden))
+
+    def files(self) -> Iterator[tuple[str, int]]:
+        """Entries of this very folder: those below may be many, or others' that cannot be listed."""
+        return (each[:2] for each in _fitting(self._walk(below=False), (), hidden=False))
 
     def versions(self, suffixes: tuple[str, ...] = (), *, follow_links: bool = False) -> Iterator[tuple[str, str]]:
         """Names as in `list`, each with what changes as its file does, so far as the listing knows: its bytes, and on
         disk its time, on S3 its ETag. With `follow_links` local folders elsewhere that links lead to are listed, too,
         each once."""
-        listed = self._listed(suffixes, hidden=False, follow_links=follow_links)
+        listed = _fitting(self._walk(set[str]() if follow_links and self.is_local else None), suffixes, hidden=False)
         return ((name, f"{size} {change}") for name, size, change in listed)
 
-    def _listed(self, suffixes: tuple[str, ...], *, hidden: bool, follow_links: bool) -> Iterator[tuple[str, int, str]]:
-        seen = set[str]() if follow_links and self.is_local else None
-        walk = self._list_s3() if self.uri.startswith("s3://") else self._list_folder("", seen)
-        for name, size, change in walk:
-            left_out = not hidden and any(part.startswith(".") for part in name.split("/"))
-            if not left_out and (not suffixes or name.lower().endswith(suffixes)):
-                yield name, size, change
+    def _walk(self, seen: set[str] | None = None, *, below: bool = True) -> Iterator[Listed]:
+        """All files. `seen`, where links are followed: the folders so far, so that none is listed twice or for ever."""
+        if self.uri.startswith("s3://"):
+            yield from s3_objects.listed(self._root, below=below)
+            return
+        levels = [self._list_folder("", seen)]  # in a list: folders may lie deeper than calls can
+        while levels:
+            name, found = next(levels[-1], ("", None))
+            if found is None:
+                levels.pop()
+            elif found["type"] != "directory" and not (seen is not None and self._leads_out(f"{self._root}/{name}")):
+                change = next((found[key] for key in CHANGES if found.get(key)), "")
+                yield name, int(found["size"] or 0), str(change)
+            elif below:
+                levels.append(self._list_folder(f"{name}/", seen))
 
-    def _list_folder(self, folder: str, seen: set[str] | None) -> Iterator[tuple[str, int, str]]:
-        """`seen`, where links are followed: the folders so far, so that none is listed twice or for ever."""
+    def _list_folder(self, folder: str, seen: set[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What is in one folder, by its names, sorted."""
         path = f"{self._root}/{folder}".rstrip("/")
         if seen is not None and os.path.realpath(path) in seen:
             return
-        with plain_errors(self.uri):
+        with plain_errors(f"{self.uri}/{folder}".rstrip("/")):
             if not self._fs.isdir(path):
                 return
             entries = self._fs.ls(path, detail=True)
         if seen is not None:
             seen.add(os.path.realpath(path))
         found = {each["name"].rstrip("/").rsplit("/", 1)[-1]: each for each in entries}
-        for name in sorted(found):
-            followed = seen is not None and self._leads_out(f"{path}/{name}")
-            if found[name]["type"] == "directory" or followed:
-                yield from self._list_folder(f"{folder}{name}/", seen)
-            else:
-                change = next((found[name][key] for key in CHANGES if found[name].get(key)), "")
-                yield f"{folder}{name}", int(found[name]["size"] or 0), str(change)
-
-    def _list_s3(self) -> Iterator[tuple[str, int, str]]:
-        bucket, _, prefix = self._root.partition("/")
-        prefix = f"{prefix}/" if prefix else ""
-        more: dict[str, str] = {}
-        while True:
-            with plain_errors(self.uri):
-                page = self._fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
-            files = (each for each in page.get("Contents", ()) if not each["Key"].endswith("/"))
-            yield from ((each["Key"][len(prefix) :], each["Size"], each["ETag"]) for each in files)
-            if not page.get("IsTruncated"):
-                return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+        yield from ((f"{folder}{name}", found[name]) for name in sorted(found))
 
     def check_answers(self) -> Store:
         """This store, if its endpoint answers and takes the credentials, whether or not the folder is there. An S3
         endpoint that is down or silent is told within seconds, before any work."""
         if self.uri.startswith("s3://"):
-            bucket, _, prefix = self._root.partition("/")
+            bucket, _, prefix = f"{self._root}/".partition("/")  # as it is listed later: a policy may allow just that
             with plain_errors(self.uri):
                 filesystem("s3", hurried=True).call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
         return self
@@ -346,7 +348,7 @@ def open_store(uri: str) -> Store:
     """The store of a folder. Raises ValueError for a scheme that is unknown or lacks its fsspec plug-in."""
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
-        return Store(str(Path(rest if separator else uri).expanduser().absolute()))
+        return _local_store(rest if separator else uri)
     if LOGIN.match(uri):
         raise ValueError("a URI must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     if not rest.strip("/"):
@@ -358,6 +360,22 @@ def open_store(uri: str) -> Store:
     except ValueError:
         raise ValueError(f"{uri!r}: unknown scheme {scheme!r}: use a local path or s3://bucket/prefix") from None
     return Store(uri.rstrip("/"))
+
+
+def _local_store(path: str) -> Store:
+    if not path.strip() or path.startswith(NEARLY):
+        raise ValueError(f"{path!r} is no folder: write a local path or s3://bucket/prefix")
+    try:
+        return Store(str(Path(path).expanduser().absolute()))
+    except RuntimeError:
+        raise ValueError(f"{path!r} is no folder: there is no such user's home") from None
+
+
+def _fitting(walk: Iterator[Listed], suffixes: tuple[str, ...], *, hidden: bool) -> Iterator[Listed]:
+    for name, size, change in walk:
+        left_out = not hidden and any(part.startswith(".") for part in name.split("/"))
+        if not left_out and (not suffixes or name.lower().endswith(suffixes)):
+            yield name, size, change
 
 
 def split_uri(uri: str) -> tuple[Store, str]:

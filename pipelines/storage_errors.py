@@ -18,12 +18,14 @@ from botocore.exceptions import (
     ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
+    ReadTimeoutError,
 )
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 AWAY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}  # of a network's file system that may come back
 # What s3fs makes of answers that a second request would get, too: 400, 405, 412, 416, 501, redirections
 REFUSED = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EMSGSIZE, getattr(errno, "EREMCHG", errno.ENOENT)}
+OF_CREDENTIALS = {"ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"}
 ASK_AGAIN = {408, 425, 429}  # a web server's words for "later"
 # What stands before an @ where the host should be; a colon that no port follows: a secret key may hold slashes.
 LOGIN = re.compile(r"^([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
@@ -32,6 +34,10 @@ QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*")
 
 class FileRefusedError(PermissionError):
     """One file may not be read, though its folder answers: the credentials are right."""
+
+
+class CredentialsError(PermissionError):
+    """The credentials are refused, whichever file is asked for."""
 
 
 class UnfitFileError(ValueError):
@@ -61,12 +67,18 @@ def plain_errors(uri: str) -> Iterator[None]:
         yield
     except UnfitFileError:
         raise
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if _code(error) == "NoSuchBucket":
+            bucket = "/".join(uri.split("/")[:3])
+            raise FileNotFoundError(
+                f"there is no bucket {bucket}{endpoint_hint(uri)}: make it, or name another"
+            ) from None
         raise FileNotFoundError(f"there is no file {uri}{endpoint_hint(uri)}") from None
     except (NoCredentialsError, PartialCredentialsError, ProfileNotFound):
         raise PermissionError(f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
     except PermissionError as error:
-        raise PermissionError(_refusal(uri, error)) from None
+        kind = CredentialsError if _code(error) in OF_CREDENTIALS else PermissionError
+        raise kind(_refusal(uri, error)) from None
     except ClientResponseError as error:  # of a web server
         if error.status >= 500 or error.status in ASK_AGAIN:
             raise UnreachableError(f"{uri} cannot be read: the server answers {error.status}") from None
@@ -111,6 +123,12 @@ def endpoint_hint(uri: str) -> str:
     )
 
 
+def _code(error: OSError) -> str:
+    """What S3 calls the error; empty where it is not from S3."""
+    answer = error.__cause__
+    return str(answer.response.get("Error", {}).get("Code", "")) if isinstance(answer, ClientError) else ""
+
+
 def _refusal(uri: str, error: PermissionError) -> str:
     if not uri.startswith("s3://"):
         return f"no permission for {uri}: check its owner and mode"
@@ -129,8 +147,9 @@ def _other_error(uri: str, error: Exception) -> Exception:
         is_away = "://" in uri or (isinstance(error, OSError) and error.errno in AWAY)
         return (UnreachableError if is_away else ValueError)(f"{uri} cannot be used: {kind}{told}")
     is_refused = isinstance(error, OSError) and error.errno in REFUSED
+    longer = " (MRCNN_S3_READ_SECONDS is how long it is waited)" if isinstance(error, ReadTimeoutError) else ""
     return (ValueError if is_refused else UnreachableError)(
-        f"{uri} cannot be reached{endpoint_hint(uri)}: {type(error).__name__}: {error}"
+        f"{uri} cannot be reached{endpoint_hint(uri)}: {type(error).__name__}: {error}{longer}"
     )
 
 

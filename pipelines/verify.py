@@ -206,11 +206,18 @@ class _ShardCheck:
 
     def run(self, path: Path) -> Iterator[str]:
         """What is wrong, the whole file first."""
-        size = path.stat().st_size
-        if size != self.info.bytes:
-            yield f"it has {size} bytes, {self.info.bytes} are stated"
-        if checksum(path) != self.info.xxh128:
-            yield "its checksum is not the stated one"
+        if not path.is_file():  # to read a pipe would take for ever
+            yield "it is missing, or not a regular file"
+            return
+        try:
+            size = path.stat().st_size
+            if size != self.info.bytes:
+                yield f"it has {size} bytes, {self.info.bytes} are stated"
+            if checksum(path) != self.info.xxh128:
+                yield "its checksum is not the stated one"
+        except OSError as error:
+            yield f"it cannot be read: {_in_one_line(error)}"
+            return
         try:
             with pa.memory_map(str(path)) as mapped:
                 yield from self._file_faults(pa.ipc.open_file(mapped))

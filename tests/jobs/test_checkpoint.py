@@ -217,7 +217,7 @@ def test_the_newest_good_one_is_used(
 
     assert checkpoints.steps() == [1, 2]  # it stays to be looked at, but pushes out no good one
     assert (folder / "refused.json").exists()
-    (folder / ".model.safetensors.part").touch()  # as of a writer that was killed
+    (folder / f".model.safetensors.{'0' * 32}.part").touch()  # as of a writer that was killed
     engine.step = 3
     checkpoints.save(small_model, engine, progress(engine), keep=3)
     assert not list(folder.glob(".*"))

@@ -212,7 +212,7 @@ def test_what_a_killed_run_left_is_completed(
     write_receipt(store, done)
     for name in ("manifest.json", "coco_results.json", "rejects.parquet", "predictions/part-00001.parquet"):
         (out / name).unlink()
-    (out / "predictions" / ".part-00001.parquet.1.part").write_bytes(b"half")
+    (out / "predictions" / f".part-00001.parquet.{'1' * 32}.part").write_bytes(b"half")
     summary = predict(model, str(images), str(out), run=DRAWN)
     assert (summary.images_made, summary.chunks_made, summary.chunks) == (2, 1, 2)
     assert "1 made now, 1 were finished before" in str(summary)

@@ -1,0 +1,105 @@
+"""Folders that hold what nobody expects: pipes, folders with the names of files, other programs' files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from inline import build_here, run_inline
+
+from pipelines import verify as verify_module
+from pipelines.build import prepare
+from pipelines.config import BuildConfig
+from pipelines.inspect import summarize
+from pipelines.storage import Store, open_store
+from pipelines.toy import make_toy_data
+from pipelines.verify import verify
+
+SHARD = "shard-00001.arrow"
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuildConfig:
+    """Of a finished build of two shards."""
+    monkeypatch.setattr(verify_module, "run_tasks", run_inline)
+    made = make_toy_data(str(tmp_path / "source"), images=4, seed=5, size=48)
+    config = BuildConfig(
+        images=made.images_uri, annotations=made.annotations_uri, out=str(tmp_path / "shards"),
+        shorter_side=32, longer_side=64, rows_per_shard=2,
+    )  # fmt: skip
+    build_here(config)
+    return config
+
+
+def test_a_pipe_in_a_shards_place_is_not_waited_for(config: BuildConfig) -> None:
+    Path(config.out, SHARD).unlink()
+    os.mkfifo(Path(config.out, SHARD))
+    assert verify(config.out).problems == (f"{SHARD}: it is missing, or not a regular file",)
+    with pytest.raises(ValueError, match=rf"{SHARD} is damaged \(it has 0 bytes"):
+        summarize(config.out)
+
+
+def test_a_shard_that_the_disk_cannot_read_is_told_with_the_others(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def checksum(path: Path) -> str:
+        if path.name == SHARD:
+            raise OSError(5, "Input/output error")
+        return "of others"
+
+    monkeypatch.setattr(verify_module, "checksum", checksum)
+    assert verify(config.out).problems == (
+        "shard-00000.arrow: its checksum is not the stated one",
+        f"{SHARD}: it cannot be read: [Errno 5] Input/output error",
+    )
+
+
+@pytest.mark.parametrize("name", [SHARD, "rejects.parquet"])
+def test_a_folder_in_a_files_place_is_told(config: BuildConfig, name: str) -> None:
+    Path(config.out, name).unlink()
+    Path(config.out, name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name} cannot be written, a folder has its name: remove it, then"):
+        build_here(config)
+
+
+def test_others_unfinished_files_stay(config: BuildConfig) -> None:
+    ours, theirs = Path(config.out, f".{SHARD}.{'0' * 32}.part"), Path(config.out, ".download.jpg.part")
+    for path in (ours, theirs):
+        path.write_bytes(b"half")
+    build_here(config)
+    assert (ours.exists(), theirs.exists()) == (False, True)
+
+
+def test_another_programs_progress_is_not_removed(config: BuildConfig, tmp_path: Path) -> None:
+    """As that of a prediction, which would begin anew."""
+    plan = tmp_path / "other/_progress/plan.json"
+    plan.parent.mkdir(parents=True)
+    plan.write_text("{}")
+    with pytest.raises(ValueError, match=r"holds another program's _progress/plan\.json: choose another --out"):
+        build_here(replace(config, out=str(tmp_path / "other")))
+    assert [path.name for path in tmp_path.glob("other/**/*") if path.is_file()] == ["plan.json"]
+
+
+def test_only_the_folder_itself_is_looked_at(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder below may be another's, such as a disk's lost+found, or hold millions of files."""
+    shutil.rmtree(config.out)
+    Path(config.out, "lost+found").mkdir(parents=True)
+    listed = Store._list_folder
+
+    def refusing(self: Store, folder: str, seen: set[str] | None) -> object:
+        if "lost+found" in folder:
+            raise PermissionError(folder)
+        return listed(self, folder, seen)
+
+    monkeypatch.setattr(Store, "_list_folder", refusing)
+    assert build_here(config).shards_made == 2
+    assert not prepare(config).missing
+
+
+@pytest.mark.parametrize("uri", ["", " ", "file://", "s3:/bucket/folder", "s3:bucket", "file:/tmp", "~nobody-here/x"])
+def test_what_is_nearly_a_uri_makes_no_folder(uri: str) -> None:
+    with pytest.raises(ValueError, match="is no folder"):
+        open_store(uri)
