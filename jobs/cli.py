@@ -284,10 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, *, code: int) -> int:
+    from jobs.redaction import public_uris
+
     if os.environ.get("MRCNN_TRACEBACK"):
         raise error
     cause = getattr(error, "cause", None) or error  # what Ray brings from a worker has its whole traceback in its text
-    print(f"mrcnn: error: {' '.join(str(cause).split())}", file=sys.stderr)
+    print(f"mrcnn: error: {public_uris(' '.join(str(cause).split()))}", file=sys.stderr)
     return code
 
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 import os
 import re
 
+from pipelines.storage_errors import QUERY
+
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 _USERINFO = re.compile(r"""://(?:[^\s/@:"']+:[^\s@"']+|[^\s/@"']+)@""")
+
+
+def public_uris(text: str) -> str:
+    """The text without the user and password of URIs, and without what follows the ? of web addresses: it may sign
+    them."""
+    return QUERY.sub(r"\1", _USERINFO.sub("://", text))
 
 
 def redact(text: str) -> str:

@@ -37,6 +37,7 @@ from pipelines.shard_task import Receipt, ShardSettings, make_shard
 from pipelines.sources import SOURCES
 from pipelines.sources.names import names_sha256, versions_sha256
 from pipelines.storage import Store, open_store
+from pipelines.storage_errors import without_secrets
 from pipelines.tasks import run_tasks
 from pipelines.tiling import Tiling
 from pipelines.transforms import PIXELS_VERSION
@@ -146,6 +147,11 @@ def prepare(config: BuildConfig) -> PreparedBuild:
     Raises as `build`.
     """
     start = time.monotonic()
+    if config.images.startswith(("http://", "https://")) and "?" in config.images:
+        raise ValueError(
+            f"{without_secrets(config.images)} has a query, which would be stored with each image's URI: give its "
+            "folder without one, or a list of signed addresses with --format images"
+        )
     scales = tuple(Scale(open_store(out).check_answers(), *sides) for out, *sides in config.folders())
     open_store(config.images).check_answers()
     source = SOURCES[config.format].read(config)

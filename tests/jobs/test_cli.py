@@ -107,3 +107,15 @@ def test_a_folder_without_shards_is_told_before_ray_starts(
     code, _, err = run(capsys, "verify-data", str(tmp_path))
     assert (code, len(err.splitlines())) == (2, 1)
     assert str(tmp_path) in err
+
+
+def test_what_signs_a_web_address_is_not_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    address = "http://127.0.0.1:9/data?token=SECRET"
+    assert main(["verify-data", address]) == 2
+    command = ["build-data", "--annotations", f"{address}/coco.json", "--out", str(tmp_path / "out"), "--images"]
+    for images in (str(tmp_path), address):
+        assert main([*command, images]) == 2
+    told = capsys.readouterr().err
+    assert told.count("http://127.0.0.1:9/data") == 3
+    assert "has a query, which would be stored with each image" in told
+    assert "SECRET" not in told
