@@ -35,6 +35,7 @@ from pipelines.storage_errors import (
 
 CHANGES = ("mtime", "etag", "md5Hash")  # what listings have that changes with a file: of disks, Azure and Google
 DELETED_AT_ONCE = 1000  # S3's bound
+LEADING = (".", "..")  # parts of a key that hide nothing
 NEARLY = ("s3:", "file:")  # how mistyped URIs begin, which would be folders of such names here
 BLOCK = 8 * 2**20  # bytes of a request for a part of a large file
 CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".png": "image/png"}  # browsers show them, and save others
@@ -373,7 +374,7 @@ def _local_store(path: str) -> Store:
 
 def _fitting(walk: Iterator[Listed], suffixes: tuple[str, ...], *, hidden: bool) -> Iterator[Listed]:
     for name, size, change in walk:
-        left_out = not hidden and any(part.startswith(".") for part in name.split("/"))
+        left_out = not hidden and any(part.startswith(".") and part not in LEADING for part in name.split("/"))
         if not left_out and (not suffixes or name.lower().endswith(suffixes)):
             yield name, size, change
 

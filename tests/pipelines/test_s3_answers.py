@@ -93,6 +93,14 @@ def test_one_level_is_asked_for_where_one_is_wanted(answering: Any) -> None:
     assert asked[0]["delimiter"] == "/"
 
 
+def test_keys_with_dots_are_listed(answering: Any) -> None:
+    """What is hidden begins with one: these parts lead somewhere, and their files are read, or rejects."""
+    pages = [PAGE.format(name, LAST) for name in ("a/./b.jpg", "a/../b.jpg", ".hidden/b.jpg")]
+    answering(lambda *_: (200, pages.pop(0)))
+    store = open_store("s3://bucket/folder")
+    assert [list(store.list()) for _ in range(3)] == [["a/./b.jpg"], ["a/../b.jpg"], []]
+
+
 def test_what_is_checked_first_is_what_is_listed_later(answering: Any) -> None:
     """A policy may allow the listing of folder/ and of nothing else."""
     asked = answering(
