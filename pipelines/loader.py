@@ -5,10 +5,12 @@ pipelines/order.py says which images come when, augment.py what is done to each,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from threading import Event
+from typing import TypeVar
 
 from mrcnn.config import InputConfig
 from mrcnn.inputs import check_targets
@@ -22,6 +24,8 @@ from pipelines.patience import patiently
 from pipelines.prefetch import prefetched
 from pipelines.proposals import ProposalDataset, collate_proposals
 from pipelines.scaling import Scaling
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,9 @@ def batches(
     places = ((start, part) for start in count(start_images, global_batch) for part in parts)
     portrait = dataset.portrait() if aspect_groups else None
     order = Order(seed, len(dataset), global_batch=global_batch, portrait=portrait)
-    load = _Loader(dataset, order, augmentation, network_input, proposals, pin_memory)
-    return prefetched(load, places, threads=threads, ahead=prefetch)
+    closed = Event()
+    load = _Loader(dataset, order, augmentation, network_input, proposals, pin_memory, closed)
+    return prefetched(load, places, threads=threads, ahead=prefetch, ended=closed)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class _Loader:
     network_input: InputConfig | None
     proposals: ProposalDataset | None
     pin_memory: bool
+    closed: Event
+    """Nobody waits for a batch any more: nor shall its threads for a storage that is away"""
 
     def __call__(self, place: tuple[int, StepPart]) -> Batch:
         start, part = place
@@ -101,7 +108,7 @@ class _Loader:
 
     def _load(self, places: range) -> Batch:
         epochs, indices = zip(*(self.order(place) for place in places), strict=True)
-        stored = [patiently(partial(self.dataset.read, index)) for index in indices]
+        stored = [self._patiently(partial(self.dataset.read, index)) for index in indices]
         keys = [(self.order.seed, epoch, row.image_id) for epoch, row in zip(epochs, stored, strict=True)]
         flips = [self.augmentation.flips(key) for key in keys]
         try:
@@ -115,9 +122,12 @@ class _Loader:
         proposals = None
         if self.proposals is not None:
             scalings = [Scaling(before.size, after.size) for before, after in zip(stored, rows, strict=True)]
-            found = [patiently(partial(self.proposals.read, index)) for index in indices]
+            found = [self._patiently(partial(self.proposals.read, index)) for index in indices]
             proposals = collate_proposals(found, scalings, flips=flips, top_n=self.proposals.top_n)
         return Batch(images, targets, tuple(row.image_id for row in rows), proposals)
+
+    def _patiently(self, call: Callable[[], R]) -> R:
+        return patiently(call, unwanted=self.closed)
 
     def _tensors(self, rows: list[Row], *, seeds: list[int], flips: list[bool]) -> tuple[ImageBatch, Targets]:
         """Refuses what no model can learn from, here, where it is on the CPU: on a GPU nobody looks at values."""

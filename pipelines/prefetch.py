@@ -6,17 +6,21 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from threading import Event
 from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def prefetched(function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int) -> Generator[R, None, None]:
+def prefetched(
+    function: Callable[[T], R], items: Iterable[T], *, threads: int, ahead: int, ended: Event | None = None
+) -> Generator[R, None, None]:
     """`map(function, items)`, in order, with up to `ahead` items begun before they are asked for.
 
     The first exception of `function` is raised where its result would have come. Closing the iterator cancels
-    what has not begun and waits for what has; `items` may be endless.
+    what has not begun and waits for what has; before that it sets `ended`, at which `function` may give up. `items` may
+    be endless.
     """
     pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
@@ -28,6 +32,8 @@ def prefetched(function: Callable[[T], R], items: Iterable[T], *, threads: int, 
             while pending:
                 yield pending.popleft().result()
         finally:
+            if ended:
+                ended.set()
             for future in pending:
                 future.cancel()
 

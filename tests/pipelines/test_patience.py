@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -39,6 +40,13 @@ def test_it_gives_up_and_does_not_wait_for_what_stays(monkeypatch: pytest.Monkey
         patiently(failing(*[UnreachableError("away")] * 1000), seconds=0.1)
     with pytest.raises(ValueError, match="damaged"):
         patiently(failing(ValueError("damaged"), AssertionError("called again")))
+
+
+def test_it_does_not_wait_for_what_nobody_wants() -> None:
+    unwanted = threading.Event()
+    unwanted.set()
+    with pytest.raises(UnreachableError, match="away"):
+        patiently(failing(UnreachableError("away"), AssertionError("called again")), unwanted=unwanted)
 
 
 @pytest.mark.parametrize(
