@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mrcnn.model import MaskRCNN
 from mrcnn.structures import Category
 from mrcnn.weights import model_from_files
 from pipelines.dataset import Row, ShardDataset
+from pipelines.patience import patiently
 from pipelines.predict import ModelFiles, model_pool, place_model
 from pipelines.scaling import Scaling, scale_instance
 from pipelines.storage import split_uri
@@ -121,12 +123,12 @@ def judge_rows(model: MaskRCNN, dataset: ShardDataset, indices: Iterable[int]) -
     """Truth and detections of the rows of these numbers.
 
     Images go through the model one by one, so that no result depends on which other images are
-    evaluated, or on how many workers.
+    evaluated, or on how many workers. A storage that is away is waited for.
     """
     judged = []
     known = {category.id for category in dataset.categories}
     for index in indices:
-        row = dataset.read(index)
+        row = patiently(partial(dataset.read, index))
         (found,) = model.predict([row.image], source_sizes=[row.source_size])
         height, width = row.source_size
         judged.append(

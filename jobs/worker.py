@@ -186,7 +186,7 @@ class _Worker:
             world_size=self.world_size,
             start_images=self.phase.first_step * self.config.global_batch + self.engine.images_seen,
             pin_memory=self.engine.device.type == "cuda",
-            proposals=ProposalDataset(proposals, self.data.manifest) if proposals else None,
+            proposals=patiently(partial(ProposalDataset, proposals, self.data.manifest)) if proposals else None,
         )
 
     @property
@@ -356,6 +356,7 @@ def initial_model(settings: WorkerSettings, categories: Sequence[Category]) -> M
 
 
 def read_model(uri: str) -> MaskRCNN:
-    """A model from its folder in any store."""
+    """A model from its folder in any store, which is waited for."""
     store = open_store(uri)
-    return model_from_files({name: store.read_bytes(name) for name in (WEIGHTS_FILE, CONFIG_FILE)}, uri)
+    files = {name: patiently(partial(store.read_bytes, name)) for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    return model_from_files(files, uri)

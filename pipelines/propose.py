@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from mrcnn.preprocess import network_images
 from mrcnn.weights import model_from_files
 from pipelines.dataset import Row, ShardDataset
 from pipelines.manifest import FILE_NAME, ShardInfo
+from pipelines.patience import patiently
 from pipelines.predict import READ_AHEAD, READ_THREADS, ModelFiles, model_pool, place_model
 from pipelines.prefetch import prefetched
 from pipelines.proposals import PROPOSALS, ProposalDataset, ProposalManifest, ProposalPlan
@@ -90,7 +92,8 @@ class ShardProposer:
         self.dataset, self.store = dataset, store
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        return {"receipt": [json.dumps(asdict(self.propose(shard))) for shard in batch["shard"].tolist()]}
+        infos = [patiently(partial(self.propose, shard)) for shard in batch["shard"].tolist()]
+        return {"receipt": [json.dumps(asdict(info)) for info in infos]}
 
     def propose(self, shard: int) -> ShardInfo:
         """Write the file of a shard, then its receipt."""

@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_shards import instance, make_shards
+from made_shards import row as made_row
 from models import SMALL
 
 from jobs.evaluate import JudgedRow, check_categories, evaluate, found_kinds, judge_rows, metrics_of
 from jobs.evaluations import ap_metrics
 from mrcnn import Category, Detections, KeypointConfig, MaskConfig, MaskRCNN, ModelConfig, save_model
+from pipelines import patience
 from pipelines.build import BuildConfig, build
-from pipelines.dataset import ShardDataset
+from pipelines.dataset import Row, ShardDataset
+from pipelines.storage_errors import UnreachableError
 from pipelines.toy import ToySummary, make_toy_data
 
 
@@ -85,6 +89,25 @@ def test_perfect_boxes_give_one_whatever_the_order(truth_rows: list[JudgedRow], 
     assert 0.1 < metrics.mask["AP50"] < 1  # rectangles where stars are
     assert metrics_of(truth_rows[::-1], halved.categories) == metrics
     assert metrics.images == len(halved) == 16
+
+
+def test_a_storage_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a training, an evaluation would else end the workers, and a second one those that come after them."""
+    uri = make_shards(tmp_path / "made", [made_row(i, (32, 40), [instance([4, 4, 20, 30])]) for i in range(3)])
+    dataset, away, read = ShardDataset(uri), [1, 2], ShardDataset.read
+
+    def stumbling(self: ShardDataset, index: int) -> Row:
+        if away and index == 1:
+            away.pop()
+            raise UnreachableError(f"{uri} cannot be reached")
+        return read(self, index)
+
+    truth = Omniscient(ShardDataset(uri))
+    monkeypatch.setattr(patience, "BETWEEN_TRIES", 0.01)
+    monkeypatch.setattr(ShardDataset, "read", stumbling)
+    rows = judge_rows(truth, dataset, range(3))  # type: ignore[arg-type]
+    assert [each.image["id"] for each in rows] == [0, 1, 2]
+    assert not away
 
 
 def test_the_command_measures_all_images_in_parallel(toy_shards: str, ray_cluster: None, tmp_path: Path) -> None:

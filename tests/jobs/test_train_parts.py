@@ -1,6 +1,7 @@
 """Every phase of every schedule, in one process: what learns, that nothing else moves, and where its files are."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -11,10 +12,14 @@ from jobs.cli import parse_train
 from jobs.config import OptimizerConfig, RPNTraining, TrainConfig
 from jobs.engine import Engine
 from jobs.schedule import SCHEDULES, Phase, phase_uris, phases_of_run
-from mrcnn import MaskRCNN, ModelConfig
+from jobs.worker import read_model
+from mrcnn import MaskRCNN, ModelConfig, save_model
 from mrcnn.rpn import Proposals
 from mrcnn.structures import ImageBatch, Targets
 from mrcnn.training_parts import TrainedPart
+from pipelines import patience
+from pipelines.storage import Store
+from pipelines.storage_errors import UnreachableError
 
 PHASES = {f"{mode} {phase.name}": (mode, phase) for mode, phases in SCHEDULES.items() for phase in phases}
 Batch = tuple[ImageBatch, Targets]
@@ -36,6 +41,24 @@ def model_for(mode: RPNTraining) -> MaskRCNN:
 def engine_for(model: MaskRCNN, phase: Phase) -> Engine:
     config = TrainConfig(optimizer=OptimizerConfig(warmup_steps=0, base_lr=0.01))
     return Engine(TrainedPart(model, phase.part, phase.learns), config, torch.device("cpu"))
+
+
+def test_a_phase_waits_for_the_storage_of_the_model_that_it_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(model_for("joint"), tmp_path)
+    away, read = [1, 2], Store.read_bytes
+
+    def stumbling(self: Store, name: str) -> bytes:
+        if away:
+            away.pop()
+            raise UnreachableError("s3://bucket cannot be reached")
+        return read(self, name)
+
+    monkeypatch.setattr(patience, "BETWEEN_TRIES", 0.01)
+    monkeypatch.setattr(Store, "read_bytes", stumbling)
+    assert read_model(str(tmp_path)).config == model_for("joint").config
+    assert not away
 
 
 def proposals_for(phase: Phase) -> Proposals | None:

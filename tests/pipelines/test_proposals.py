@@ -12,19 +12,23 @@ import pyarrow as pa
 import pytest
 import torch
 import xxhash
+from made_shards import make_shards
+from made_shards import row as made_row
 from models import SMALL
 
 from mrcnn import MaskRCNN
 from mrcnn.preprocess import network_images
 from mrcnn.structures import Category
 from mrcnn.weights import model_files
+from pipelines import patience, propose
 from pipelines.augment import Augmentation
 from pipelines.dataset import ShardDataset
 from pipelines.loader import Batch, batches
 from pipelines.proposals import ProposalDataset, ProposalManifest, StoredProposals, collate_proposals
 from pipelines.propose import PLAN, write_proposals
 from pipelines.scaling import Scaling
-from pipelines.storage import open_store
+from pipelines.storage import Store, open_store
+from pipelines.storage_errors import UnreachableError
 
 CONFIG = replace(
     SMALL,
@@ -94,6 +98,31 @@ def test_files_are_plain_arrow_in_the_order_of_the_shards(folder: Path, dataset:
             np.testing.assert_allclose(found["scores"], expected.scores[expected.valid], rtol=1e-4, atol=1e-6)
             row_number += 1
     assert row_number == len(dataset)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(ShardDataset, "read"), (Store, "write_bytes")])
+def test_a_storage_that_is_away_is_waited_for(
+    tmp_path: Path, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(propose.ray, "get", lambda reference: reference)
+    monkeypatch.setattr(patience, "BETWEEN_TRIES", 0.01)
+    made = ShardDataset(make_shards(tmp_path / "made", [made_row(i, (64, 80)) for i in range(3)]))
+    files, away, works = model_files(make_model()), [1, 2], getattr(owner, name)
+
+    def stumbling(self: object, *args: object) -> object:
+        if away:
+            away.pop()
+            raise UnreachableError("s3://bucket cannot be reached")
+        return works(self, *args)
+
+    outs = [open_store(str(tmp_path / out)) for out in ("usual", "stumbling")]
+    receipts = []
+    for out in outs:
+        receipts.append(propose.ShardProposer(files, made, out)({"shard": np.array([0])}))  # type: ignore[arg-type]
+        monkeypatch.setattr(owner, name, stumbling)
+    assert not away
+    assert receipts[0] == receipts[1]
+    assert outs[0].read_bytes(SHARD_NAMES[0]) == outs[1].read_bytes(SHARD_NAMES[0])
 
 
 def test_a_killed_writing_is_completed_and_a_finished_one_left_alone(
