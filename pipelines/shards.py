@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -22,6 +23,7 @@ from pipelines.direct_file import ROOM, DirectFile
 from pipelines.manifest import ShardInfo
 from pipelines.schema import SHARD
 from pipelines.storage import Store
+from pipelines.storage_errors import plain_errors
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises where bytes are not what they should be
 READ_BYTES = 1024 * 1024
@@ -207,6 +209,9 @@ class ShardReader:
         self._store = store
         self._info = info
         self._schema = schema
+        # not cached_property's own lock, of which Python 3.11 has one for all readers: they would wait for each other
+        self._lock = threading.Lock()
+        self._found: NDArray[Any] | None = None
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -234,17 +239,18 @@ class ShardReader:
 
     @cached_property
     def _mapped(self) -> tuple[pa.Buffer, tuple[int, ...]]:
-        stamp = self._stamp()
-        with pa.memory_map(str(self._store.path / self._info.name)) as file:
+        stamp, uri = self._stamp(), self._store.uri_of(self._info.name)
+        with plain_errors(uri), pa.memory_map(uri) as file:
             return file.read_buffer(), stamp
 
     def _stamp(self) -> tuple[int, ...]:
         """Changes when a local file does. Raises FileNotFoundError where it is gone."""
-        path = self._store.path / self._info.name
+        uri = self._store.uri_of(self._info.name)
         try:
-            status = path.stat()
+            with plain_errors(uri):
+                status = Path(uri).stat()
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is gone, but belongs to this data set: build the data again") from None
+            raise FileNotFoundError(f"{uri} is gone, but belongs to this data set: build the data again") from None
         return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _fetch(self, start: int, length: int) -> pa.Buffer:
@@ -264,8 +270,15 @@ class ShardReader:
             raise self.damaged(f"it has {size} bytes, its manifest says {self._info.bytes}")
         return size
 
-    @cached_property
+    @property
     def _blocks(self) -> NDArray[Any]:
+        """Where each row lies; looked up once."""
+        with self._lock:
+            if self._found is None:
+                self._found = self._find_blocks()
+            return self._found
+
+    def _find_blocks(self) -> NDArray[Any]:
         size = self._size()
         tail = self._fetch(max(0, size - TAIL), min(size, TAIL)).to_pybytes()
         if size < 20 or tail[-6:] != MAGIC:

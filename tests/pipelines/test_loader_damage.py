@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -19,7 +21,7 @@ from faulty_proxy import Fault, faulty_proxy
 from made_shards import instance, make_shards, row
 from pycocotools import mask as coco_mask
 
-from pipelines import loader
+from pipelines import loader, patience, shards
 from pipelines.collate import collate
 from pipelines.dataset import Row, ShardDataset
 from pipelines.patience import patiently
@@ -151,6 +153,58 @@ def test_pixels_that_do_not_fill_the_image(tmp_path: Path) -> None:
     uri = make_shards(tmp_path / "made", [{**row(4, (12, 12)), "height": 13}])
     with pytest.raises(ValueError, match=r"shard-00000.arrow is damaged \(row 0: "):
         take(ShardDataset(uri))
+
+
+def test_a_disk_that_stumbles_is_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network's file system does, whose server starts again."""
+    undisturbed, stat = take(ShardDataset(str(folder)), 8), Path.stat
+    away = [errno.ESTALE, errno.EIO, errno.ETIMEDOUT]
+
+    def stumbling(path: Path, **how: Any) -> os.stat_result:
+        if path.name == SHARD and away:
+            raise OSError(away.pop(), "away", str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(patience, "BETWEEN_TRIES", 0.01)
+    monkeypatch.setattr(Path, "stat", stumbling)
+    for ours, theirs in zip(take(ShardDataset(str(folder)), 8), undisturbed, strict=True):
+        assert torch.equal(ours.images.pixels, theirs.images.pixels)
+    assert not away
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.EACCES, "check its owner and mode"), (errno.EMFILE, "be used")])
+def test_a_shard_that_cannot_be_opened(folder: Path, number: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: str) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(shards.pa, "memory_map", refused)
+    with pytest.raises((PermissionError, ValueError), match=rf"{folder}/shard-0000\d.arrow.*{told}"):
+        take(ShardDataset(str(folder)))
+
+
+class Remote:
+    """A folder as a store elsewhere, where everybody asks for sizes at the same time, or nobody is answered."""
+
+    is_local = False
+
+    def __init__(self, folder: Path, readers: int) -> None:
+        self.folder, self.together = folder, threading.Barrier(readers, timeout=10)
+
+    def size(self, name: str) -> int:
+        self.together.wait()
+        return (self.folder / name).stat().st_size
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        return (self.folder / name).read_bytes()[start : start + length]
+
+
+def test_shards_are_opened_side_by_side(folder: Path) -> None:
+    """Of many that are far away, each takes some round trips at first."""
+    infos = ShardDataset(str(folder)).manifest.shards
+    store = Remote(folder, len(infos))
+    readers = [shards.ShardReader(store, info) for info in infos]  # type: ignore[arg-type]
+    with ThreadPoolExecutor(len(readers)) as pool:
+        assert list(pool.map(len, readers)) == [2, 2, 2, 2]
 
 
 def faults_that_pass(method: str, path: str, before: int) -> Fault | None:
