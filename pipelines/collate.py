@@ -75,8 +75,10 @@ def _objects(row: Row, flip: bool, categories: Sequence[Category]) -> _Objects:
         masks = [flip_ends(each, height, width) if len(each) else each for each in masks]
     keypoints = np.zeros((len(kept), most_keypoints(categories), 3), np.float32)
     if keypoints.size:
+        names = {label: category.keypoints for label, category in enumerate(categories, start=1)}
         for points, each in zip(keypoints, kept, strict=True):
-            own = _keypoints(each, categories[each["label"] - 1], mirrored_in=width if flip else None)
+            # of a label that there is not, `check_targets` will tell
+            own = _keypoints(each, names.get(each["label"], ()), mirrored_in=width if flip else None)
             points[: len(own)] = own
     return _Objects(boxes, [each["label"] for each in kept], [each["iscrowd"] for each in kept], masks, keypoints)
 
@@ -86,16 +88,18 @@ def most_keypoints(categories: Sequence[Category]) -> int:
     return max((len(category.keypoints) for category in categories), default=0)
 
 
-def _keypoints(instance: dict[str, Any], category: Category, *, mirrored_in: int | None) -> NDArray[np.float32]:
+def _keypoints(instance: dict[str, Any], names: Sequence[str], *, mirrored_in: int | None) -> NDArray[np.float32]:
     """(keypoints of the category, 3), with zeros where nothing is annotated; mirrored in an image of some width."""
-    if instance["iscrowd"] or not instance["keypoints"] or not category.keypoints:
-        return np.zeros((len(category.keypoints), 3), np.float32)
+    if instance["iscrowd"] or not instance["keypoints"] or not names:
+        return np.zeros((len(names), 3), np.float32)
     points = np.array(instance["keypoints"], np.float32).reshape(-1, 3)
+    if len(points) != len(names):
+        raise ValueError(f"an object has {len(points)} keypoints, its category names {len(names)}")
     annotated = points[:, 2:] > 0
     if mirrored_in is not None:
         points[:, 0] = mirrored_in - 1 - points[:, 0]  # they are pixel numbers: see pipelines/scaling.py
     points = np.where(annotated, points, np.float32(0))
-    return points if mirrored_in is None else points[mirrored_keypoints(category.keypoints)]
+    return points if mirrored_in is None else points[mirrored_keypoints(names)]
 
 
 def has_extent(box: Sequence[float]) -> bool:

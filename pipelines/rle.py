@@ -133,6 +133,8 @@ def counts_from_polygons(polygons: Sequence[Sequence[float]], height: int, width
     points = [np.asarray(each, np.float64) for each in polygons]
     if not all((np.abs(each) <= MAX_COORDINATE).all() for each in points):  # nor where it is NaN
         raise ValueError(f"a coordinate of a polygon is not a number of at most {MAX_COORDINATE:.0e}")
+    if any(each.size < 6 for each in points):  # pycocotools takes four numbers for a box
+        raise ValueError("a polygon has fewer than three points")
     parts = coco_mask.frPyObjects([each.tolist() for each in points], height, width)
     return coco_mask.merge(parts)["counts"]
 

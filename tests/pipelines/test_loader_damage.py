@@ -21,7 +21,9 @@ from faulty_proxy import Fault, faulty_proxy
 from made_shards import instance, make_shards, row
 from pycocotools import mask as coco_mask
 
+from mrcnn.structures import Category
 from pipelines import loader, patience, shards
+from pipelines.augment import Augmentation
 from pipelines.collate import collate
 from pipelines.dataset import Row, ShardDataset
 from pipelines.patience import patiently
@@ -44,8 +46,8 @@ def folder(tmp_path: Path) -> Path:
     return Path(make_shards(tmp_path / "made", rows, rows_per_shard=2))
 
 
-def take(dataset: ShardDataset, steps: int = 20) -> list[loader.Batch]:
-    stream = loader.batches(dataset, seed=0, global_batch=2)
+def take(dataset: ShardDataset, steps: int = 20, flip: float = 0.0) -> list[loader.Batch]:
+    stream = loader.batches(dataset, seed=0, global_batch=2, augmentation=Augmentation(flip))
     try:
         return list(islice(stream, steps))
     finally:
@@ -141,12 +143,30 @@ def test_bytes_changed_at_random_never_do_more_than_raise(folder: Path) -> None:
         ({"box": [1.0, 2.0, float("nan"), 5.0]}, "targets.boxes"),
         ({"label": 7}, r"targets.labels is \[7, 7\], but must be 0 to 1"),
         ({"segmentation": {"polygons": [[0, 0, 1e30, 0, 5, 5]], "rle": None}}, "a coordinate of a polygon"),
+        ({"segmentation": {"polygons": [[]], "rle": None}}, "a polygon has fewer than three points"),
+        ({"segmentation": {"polygons": [[2, 2, 5, 5]], "rle": None}}, "a polygon has fewer than three points"),
     ],
 )
 def test_a_row_that_no_build_writes(tmp_path: Path, change: dict[str, Any], what: str) -> None:
     uri = make_shards(tmp_path / "made", [row(4, (12, 12), [{**instance([1, 2, 9, 10]), **change}])])
     with pytest.raises(ValueError, match=f"{uri}, among made/4.png.*: {what}.*mrcnn verify-data"):
         take(ShardDataset(uri))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"label": 7}, r"targets.labels is \[7, 7\], but must be 0 to 1"),
+        ({"keypoints": [1.0, 2.0, 2.0]}, "an object has 1 keypoints, its category names 2"),
+    ],
+)
+def test_a_row_with_keypoints_that_no_build_writes(tmp_path: Path, change: dict[str, Any], what: str) -> None:
+    uri = make_shards(tmp_path / "made", [row(4, (12, 12), [{**instance([1, 2, 9, 10]), **change}])])
+    dataset = ShardDataset(uri)
+    pointed = (Category(1, "thing", ("left_end", "right_end")),)
+    object.__setattr__(dataset.manifest, "categories", pointed)
+    with pytest.raises(ValueError, match=f"{uri}, among made/4.png.*: {what}.*mrcnn verify-data"):
+        take(dataset, flip=1.0)
 
 
 def test_pixels_that_do_not_fill_the_image(tmp_path: Path) -> None:
