@@ -185,9 +185,12 @@ class TrainConfig:
             "evaluate_every",
             "checkpoint_every",
             "keep_checkpoints",
+            "loader_threads",
         ):
             value = getattr(self, name)
             require(value >= 1, name, value, "at least 1", "give a positive number")
+        require(self.pictures >= 0, "pictures", self.pictures, "at least 0", "0 draws none")
+        require(-(2**63) <= self.seed < 2**64, "seed", self.seed, "a number of 64 bits", "0 is as good as any")
         require(0 <= self.flip <= 1, "flip", self.flip, "a probability", "0.5 flips every other image")
         self._check_augmentation()
         require(self.images_at_once >= 0, "images_at_once", self.images_at_once, "at least 0", "0 is no bound")

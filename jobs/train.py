@@ -138,6 +138,13 @@ def _check_weights(weights: str | None, config: TrainConfig, data: ShardDataset)
 
 
 def _fit_to_data(config: TrainConfig, data: ShardDataset, val_data: ShardDataset) -> TrainConfig:
+    for each in (data, val_data):
+        if len(each) == 0:
+            raise ValueError(f"{each.uri} holds no images: look at its rejects.parquet")
+        if not each.categories:
+            raise ValueError(
+                f"{each.uri} has no categories, and so no annotations: build it from images that have some"
+            )
     keypoints = config.model.keypoint.num_keypoints
     ours, theirs = (meanings(d.categories, with_keypoints=keypoints > 0) for d in (data, val_data))
     if ours != theirs:
@@ -150,8 +157,6 @@ def _fit_to_data(config: TrainConfig, data: ShardDataset, val_data: ShardDataset
             f"model.keypoint.num_keypoints is {keypoints}, but the categories of {data.uri} name {named} keypoints: "
             "set it to that, or build the shards from annotations that name keypoints"
         )
-    if len(val_data) == 0:
-        raise ValueError(f"{val_data.uri} holds no images: look at its rejects.parquet")
     rpn = replace(config.model.rpn, features="own") if config.rpn == "separate" else config.model.rpn
     return replace(config, model=replace(config.model, num_classes=len(data.categories), rpn=rpn))
 

@@ -6,19 +6,22 @@ from typing import get_args
 
 import pytest
 import torch
+from made_shards import make_shards, row
 from models import SMALL
 
 from jobs.cli import parse_train
-from jobs.config import OptimizerConfig, RPNTraining, TrainConfig
+from jobs.config import OptimizerConfig, RPNTraining, TrainConfig, TrainJob
 from jobs.engine import Engine
 from jobs.schedule import SCHEDULES, Phase, phase_uris, phases_of_run
+from jobs.train import train
 from jobs.worker import read_model
 from mrcnn import MaskRCNN, ModelConfig, save_model
 from mrcnn.rpn import Proposals
 from mrcnn.structures import ImageBatch, Targets
 from mrcnn.training_parts import TrainedPart
 from pipelines import patience
-from pipelines.storage import Store
+from pipelines.dataset import ShardDataset
+from pipelines.storage import Store, open_store
 from pipelines.storage_errors import UnreachableError
 
 PHASES = {f"{mode} {phase.name}": (mode, phase) for mode, phases in SCHEDULES.items() for phase in phases}
@@ -59,6 +62,18 @@ def test_a_phase_waits_for_the_storage_of_the_model_that_it_starts_from(
     monkeypatch.setattr(Store, "read_bytes", stumbling)
     assert read_model(str(tmp_path)).config == model_for("joint").config
     assert not away
+
+
+@pytest.mark.parametrize("which", ["data", "val_data"])
+def test_data_that_nothing_can_be_learnt_from_is_refused_before_anything_begins(tmp_path: Path, which: str) -> None:
+    uris = {name: make_shards(tmp_path / name, [row(1, (32, 32))]) for name in ("data", "val_data")}
+    bare = ShardDataset(make_shards(tmp_path / "bare", [row(1, (32, 32))]))
+    empty = make_shards(tmp_path / "empty", [])
+    with pytest.raises(ValueError, match=f"{empty} holds no images: look at its rejects.parquet"):
+        train(TrainJob(**{"storage": str(tmp_path), "run": "r", **uris, which: empty}), TrainConfig())
+    replace(bare.manifest, categories=()).write(open_store(bare.uri))
+    with pytest.raises(ValueError, match=f"{bare.uri} has no categories, and so no annotations: build it from"):
+        train(TrainJob(**{"storage": str(tmp_path), "run": "r", **uris, which: bare.uri}), TrainConfig())
 
 
 def proposals_for(phase: Phase) -> Proposals | None:

@@ -37,6 +37,9 @@ def test_an_unknown_setting_is_named() -> None:
         (ModelConfig, {"num_classes": 0}, "num_classes is 0"),
         (TrainConfig, {"flip": 2.0}, "flip is 2.0"),
         (TrainConfig, {"steps": 0}, "steps is 0"),
+        (TrainConfig, {"loader_threads": 0}, "loader_threads is 0, but must be at least 1"),
+        (TrainConfig, {"pictures": -1}, "pictures is -1, but must be at least 0"),
+        (TrainConfig, {"seed": 2**64}, "seed is 18446744073709551616, but must be a number of 64 bits"),
     ],
 )
 def test_nonsense_is_refused_by_name(cls: type, change: dict[str, float], words: str) -> None:
