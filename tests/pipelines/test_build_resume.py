@@ -254,7 +254,7 @@ def test_sums_are_checked_at_the_end(toy_config: BuildConfig, tmp_path: Path, fi
 
 def test_a_living_writer_keeps_its_part(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    (tmp_path / ".dead.arrow.0123.part").write_bytes(b"of a killed task")
+    (tmp_path / f".dead.arrow.{'0' * 32}.part").write_bytes(b"of a killed task")
     with store.new_file("living.arrow") as part:
         part.write_bytes(b"half")
         store.remove_leftovers()
