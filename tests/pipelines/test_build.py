@@ -184,7 +184,7 @@ def test_goes_on_where_it_stopped(
         build(replace(config, shorter_side=90))
     open_store(out).write_bytes("shard-00002.arrow", b"shard without receipt")
     if where == "disk":
-        Path(out, ".shard-00003.arrow.0123.part").write_bytes(b"of a task that was killed")
+        Path(out, ".shard-00003.arrow.0123456789abcdef0123456789abcdef.part").write_bytes(b"of a task that was killed")
     summary = build(config)
     assert (summary.shards, summary.shards_made) == (4, 2)
     assert checksums(out) == checksums(toy_shards), "nor is anything else left"
