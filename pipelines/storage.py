@@ -36,6 +36,7 @@ from pipelines.storage_errors import (
 CHANGES = ("mtime", "etag", "md5Hash")  # what listings have that changes with a file: of disks, Azure and Google
 DELETED_AT_ONCE = 1000  # S3's bound
 LEADING = (".", "..")  # parts of a key that hide nothing
+S3_OF_OTHERS = ("s3a", "s3n")  # Hadoop's words for it, which fsspec knows, too: it would be used with other settings
 NEARLY = ("s3:", "file:")  # how mistyped URIs begin, which would be folders of such names here
 BLOCK = 8 * 2**20  # bytes of a request for a part of a large file
 CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".png": "image/png"}  # browsers show them, and save others
@@ -348,6 +349,8 @@ class Store:
 def open_store(uri: str) -> Store:
     """The store of a folder. Raises ValueError for a scheme that is unknown or lacks its fsspec plug-in."""
     scheme, separator, rest = uri.partition("://")
+    if scheme in S3_OF_OTHERS:
+        return open_store(f"s3{separator}{rest}")
     if not separator or scheme == "file":
         return _local_store(rest if separator else uri)
     if LOGIN.match(uri):

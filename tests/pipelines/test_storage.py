@@ -133,6 +133,13 @@ def test_missing_file_and_folder(root: str) -> None:
         open_store(f"{root}/nothing").check_folder()
 
 
+@pytest.mark.parametrize("scheme", ["s3a", "s3n"])
+def test_s3_by_the_names_that_hadoop_has_for_it(scheme: str) -> None:
+    assert open_store(f"{scheme}://bucket/x/") == open_store("s3://bucket/x")
+    with pytest.raises(ValueError, match="'s3://' names no bucket"):
+        open_store(f"{scheme}://")
+
+
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
