@@ -23,11 +23,11 @@
 namespace mrcnn {
 namespace {
 
-constexpr int kOne = 32768;       // a whole, in weights
-constexpr int64_t kTogether = 4;  // pixels that are made at once: from no more than five of the source
-constexpr int64_t kWindow = 16;   // bytes that hold those
-constexpr int64_t kSlack = 16;    // bytes that may be written behind a row
-constexpr int8_t kNothing = -128; // a place from which a vector takes 0, also where 3 is added
+constexpr int kOne = 32768;        // a whole, in weights
+constexpr int64_t kTogether = 4;   // pixels that are made at once: from no more than five of the source
+constexpr int64_t kWindow = 16;    // bytes that hold those
+constexpr int64_t kSlack = 16;     // bytes that may be written behind a row
+constexpr int8_t kNothing = -128;  // a place from which a vector takes 0, also where 3 is added
 
 MRCNN_INLINE uint8_t between(int a, int b, int weight) {
   return static_cast<uint8_t>(a + (((b - a) * weight + kOne / 2) >> 15));
