@@ -14,6 +14,7 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipelines.config import Encoding
+from pipelines.jpeg_header import EXIF, JpegHeader, jpeg_header
 
 Pixels = NDArray[np.uint8]
 
@@ -55,16 +56,22 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
     """None where Pillow has to look at it: CMYK, sampling that simplejpeg does not know (a KeyError), or damage that
     libjpeg warns of and Pillow may forgive."""
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(height, width, max_pixels)
-        if colorspace not in ("YCbCr", "RGB", "Gray"):
+        header = jpeg_header(data) or _asked_of_libjpeg(data)
+        _check_size(header.height, header.width, max_pixels)
+        if header.components not in (1, 3):
             return None
         image = simplejpeg.decode_jpeg(data, colorspace="RGB")
     except DecodeError:
         raise
     except (ValueError, KeyError):
         return None
-    return _upright(image, data) if b"Exif\0\0" in data else image
+    return _upright(image, data) if header.has_exif else image
+
+
+def _asked_of_libjpeg(data: bytes) -> JpegHeader:
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    components = {"Gray": 1, "YCbCr": 3, "RGB": 3}.get(colorspace, 4)
+    return JpegHeader(height, width, components, EXIF in data)
 
 
 def _upright(image: Pixels, data: bytes) -> Pixels:
