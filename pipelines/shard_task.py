@@ -37,7 +37,8 @@ from pipelines.validate import AnnotationError, to_instance
 PROGRESS = "_progress"
 READ_THREADS = 4  # hide the latency of S3, or of a mounted one
 READ_AHEAD = 8  # compressed images in memory
-READ_TOGETHER = 4  # files, by each of the threads: to wake it for one takes longer than a disk's cache; so 24 in memory
+LOCAL_READ_THREADS = 2
+READ_TOGETHER = 8  # files, by each of these: to wake it for one takes longer than a disk's cache; so 24 in memory
 TOGETHER = 8  # images that take a step together, unless they are large
 TOGETHER_BYTES = 16 * 2**20  # of their pixels
 ROWS_TOGETHER = 32
@@ -195,7 +196,7 @@ class _ShardTask:
         if not settings.images.is_local:
             yield from prefetched(read, records, threads=READ_THREADS, ahead=READ_AHEAD)
             return
-        together, threads = batched(records, READ_TOGETHER), READ_THREADS
+        together, threads = batched(records, READ_TOGETHER), LOCAL_READ_THREADS
         for some in prefetched(lambda some: [*map(read, some)], together, threads=threads, ahead=threads):
             yield from some
 

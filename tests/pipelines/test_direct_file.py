@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
+import gc
+import mmap
 import os
+import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pipelines import direct_file
-from pipelines.direct_file import BLOCK, BLOCKS, ROOM, DirectFile
+from pipelines.direct_file import BLOCK, BLOCKS, ROOM, SPARE_BLOCKS, DirectFile
+from pipelines.shards import ShardWriter
 
 BYTES = np.random.default_rng(0).integers(0, 256, (BLOCKS + 3) * BLOCK, np.uint8)
 
@@ -115,14 +121,61 @@ def test_a_slow_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "file").read_bytes() == BYTES.tobytes()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_that_was_never_closed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does its thread write to a file that has got its number since."""
+    real, go_on, wrote = os.pwrite, threading.Event(), threading.Event()
+
+    def slow(file: int, data: memoryview, offset: int) -> int:
+        go_on.wait(10)
+        done = real(file, data, offset)
+        wrote.set()
+        return done
+
+    monkeypatch.setattr(direct_file.os, "pwrite", slow)
+    file = DirectFile(tmp_path / "left")
+    writer = ShardWriter(tmp_path / "left too")
+    file.write(BYTES[: BLOCK + 1])
+    cycle = [file, writer]
+    cycle.append(cycle)  # freed by the garbage collector alone, in whatever order
+    del cycle, file, writer
+    gc.collect()
+    with (tmp_path / "other").open("wb") as other:
+        go_on.set()
+        assert wrote.wait(10)
+        other.write(b"its own")
+    assert (tmp_path / "other").read_bytes() == b"its own"
+    assert (tmp_path / "left").read_bytes() == BYTES[:BLOCK].tobytes()
+
+
+def test_blocks_are_used_again_and_few_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[mmap.mmap] = []
+    real = mmap.mmap
+
+    def counted(*args: Any, **kwargs: Any) -> mmap.mmap:
+        made.append(real(*args, **kwargs))
+        return made[-1]
+
+    direct_file._spare_blocks.clear()
+    monkeypatch.setattr(direct_file.mmap, "mmap", counted)
+    for i in range(6):
+        written(tmp_path / str(i), [(BLOCKS + 2) * BLOCK + i])
+    assert len(made) <= BLOCKS + 1  # of the first file, which is all that a file has at a time
+    with ExitStack() as files:
+        for i in range(SPARE_BLOCKS + 2):
+            file = files.enter_context(DirectFile(tmp_path / f"together {i}"))
+            file.write(BYTES[:BLOCK])
+    assert len(direct_file._spare_blocks) == SPARE_BLOCKS
+
+
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: int, data: memoryview, offset: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(direct_file.os, "pwrite", full)
-    file = DirectFile(tmp_path / "file")
-    file.write(BYTES[: BLOCK + 1])
-    with pytest.raises(OSError, match="No space left"):
-        file.close()
-    assert file.closed
+    for size in (1, BLOCK + 1, 3 * BLOCK):  # the last write sees it, or that which closes
+        file = DirectFile(tmp_path / "file")
+        with pytest.raises(OSError, match="No space left"), file:
+            file.write(BYTES[:size])
+        assert file.closed
     file.close()  # a second time does nothing

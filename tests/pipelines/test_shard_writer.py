@@ -81,6 +81,25 @@ def test_what_fails_to_be_drawn_is_raised(tmp_path: Path) -> None:
         writer.write([row_of(0, Drawn(SMALL_WRITES, fails))])
 
 
+def test_a_fault_of_arrow_is_raised_though_pixels_wait(tmp_path: Path) -> None:
+    rows = [row_of(0, drawn(0, SMALL_WRITES)), row_of(1, drawn(1, SMALL_WRITES)) | {"encoding": "\ud800"}]
+    with pytest.raises(UnicodeEncodeError), ShardWriter(tmp_path / "shard") as writer:
+        writer.write(rows)
+
+
+def test_large_pixels_do_not_wait_in_memory(tmp_path: Path) -> None:
+    """Those that fit no block are made beside it; between some that are drawn there, too."""
+    size = 2 * ROOM
+    rows = [row_of(i, drawn(i, size if i % 4 else SMALL_WRITES)) for i in range(16)]
+    with ShardWriter(tmp_path / "shard", direct=True) as writer:
+        writer.write(rows[:1])
+        tracemalloc.start()
+        writer.write(rows[1:])
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert size < peak < 4 * size
+
+
 def images_in(folder: Path, count: int, side: int) -> str:
     folder.mkdir()
     for i in range(count):
