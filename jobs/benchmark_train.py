@@ -110,7 +110,7 @@ def run_overhead_benchmark(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mrcnn-benchmark-")))
         stack.enter_context(_environment(_variables(folder, threads, device)))
-        stack.enter_context(ray_session())
+        stack.enter_context(ray_session(dashboard=True))
         data, loader_data = (_shards(folder, sizes.images, side) for side in (sizes.side, sizes.loader_side))
         ours: list[float] = []
         plain: list[float] = []

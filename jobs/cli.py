@@ -188,7 +188,7 @@ def run_train(job: TrainJob, settings: TrainConfig, cpus: int | None, config: st
     """`mrcnn train ...`. `config` is the file that the settings began from, if so."""
     from jobs.cluster import ray_session
 
-    with ray_session(cpus):
+    with ray_session(cpus, dashboard=True):
         from jobs.train import train as run  # not before: Ray reads some of what the session sets when it is imported
 
         print(run(job, settings))

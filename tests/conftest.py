@@ -113,7 +113,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def ray_cluster(s3: str) -> Iterator[None]:
     """A local Ray with 2 CPUs. After `s3`, because Ray's processes inherit the variables of their start."""
-    with ray_session(cpus=2):
+    with ray_session(cpus=2, dashboard=True):
         yield
 
 

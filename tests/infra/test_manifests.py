@@ -167,7 +167,7 @@ def parsed_entrypoint(monkeypatch: pytest.MonkeyPatch) -> tuple[TrainJob, TrainC
     recorder = ModuleType("jobs.train")
     vars(recorder)["train"] = lambda job, config: calls.append((job, config))
     monkeypatch.setitem(sys.modules, "jobs.train", recorder)  # the parser is the real one, the training is not
-    monkeypatch.setattr("jobs.cluster.ray_session", lambda cpus: nullcontext())
+    monkeypatch.setattr("jobs.cluster.ray_session", lambda cpus, dashboard: nullcontext())
     program, *words = shlex.split(document["spec"]["entrypoint"])
     assert program in PROJECT["project"]["scripts"]
     assert main(words) == 0

@@ -55,13 +55,17 @@ def test_a_ray_of_its_own_finds_its_own_dashboard(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     if named:
         monkeypatch.setenv("RAY_API_SERVER_ADDRESS", named)
-    ports: list[int] = []
+    started: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **options: ports.append(options["dashboard_port"]))
+    monkeypatch.setattr(ray, "init", lambda **options: started.append(options))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with ray_session():
-        assert os.environ["RAY_API_SERVER_ADDRESS"] == f"http://127.0.0.1:{ports[0]}"
+    with ray_session(dashboard=True):
+        assert started[0]["include_dashboard"] is True
+        assert os.environ["RAY_API_SERVER_ADDRESS"] == f"http://127.0.0.1:{started[0]['dashboard_port']}"
     assert os.environ.get("RAY_API_SERVER_ADDRESS") == named
+    with ray_session():  # what needs none is spared it
+        assert started[1]["include_dashboard"] is False
+        assert os.environ.get("RAY_API_SERVER_ADDRESS") == named
 
 
 def test_refuses_no_cpus() -> None:

@@ -35,7 +35,7 @@ def main(out: Path, steps: int) -> None:
     shards = str(out / "shards")
     config = replace(PRESETS["r18_fpn_small"], steps=steps, flip=0.0, evaluate_every=max(steps // 4, 1))
     job = TrainJob(data=shards, val_data=shards, storage=str(out / "runs"), run=f"overfit-{steps}")
-    with ray_session(None):
+    with ray_session(dashboard=True):
         print(build(BuildConfig(annotations=str(annotations), images=str(images), out=shards)))
         print(train(job, config))
 
