@@ -15,7 +15,7 @@ from mrcnn.config import InputConfig
 from mrcnn.preprocess import Resize, resize_image, resized_size
 from pipelines.dataset import Row
 from pipelines.order import image_random, image_seed
-from pipelines.rle import Window, segmentation_ends
+from pipelines.rle import Window, segmentations_ends
 from pipelines.scaling import Scaling, scale_instances
 from pipelines.tiling import part_of
 
@@ -84,7 +84,7 @@ def crop_row(row: Row, window: Window) -> Row:
     """What a window shows of a row. Objects of which it shows nothing go; boxes of cut masks fit what is left."""
     if (window.height, window.width) == row.size:
         return row
-    masks = [segmentation_ends(each["segmentation"], *row.size) for each in row.instances]
+    masks = segmentations_ends([each["segmentation"] for each in row.instances], *row.size)
     part = part_of(window, row.instances, masks, height=row.size[0])
     image = row.image[window.y : window.y + window.height, window.x : window.x + window.width]
     return replace(row, image=image, instances=part.instances)

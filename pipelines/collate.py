@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mrcnn.preprocess import batch_images
 from mrcnn.structures import Category, ImageBatch, RunLengthMasks, Targets, mirrored_keypoints
 from pipelines.dataset import Row
-from pipelines.rle import flip_ends, segmentation_ends
+from pipelines.rle import NOTHING, flip_ends, packed, segmentations_ends
 
 MIN_BOX_SIDE = 1e-3  # pixels; a box without extent has no regression target
 
@@ -69,7 +69,7 @@ def _objects(row: Row, flip: bool, categories: Sequence[Category]) -> _Objects:
     height, width = row.image.shape[:2]
     kept = [each for each in row.instances if has_extent(each["box"])]
     boxes = np.array([each["box"] for each in kept], np.float32).reshape(-1, 4)
-    masks = [segmentation_ends(each["segmentation"], height, width) for each in kept]
+    masks = segmentations_ends([each["segmentation"] for each in kept], height, width)
     if flip:
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
         masks = [flip_ends(each, height, width) if len(each) else each for each in masks]
@@ -109,7 +109,4 @@ def has_extent(box: Sequence[float]) -> bool:
 
 def _flatten_masks(masks: Sequence[Sequence[NDArray[np.int64]]], most: int) -> RunLengthMasks:
     """B lists of run ends -> B x `most` instances, those that are padding without runs."""
-    padded = [ends for image in masks for ends in [*image, *[np.zeros(0, np.int64)] * (most - len(image))]]
-    offsets = np.cumsum([0, *(len(ends) for ends in padded)])
-    ends = np.concatenate([np.zeros(0, np.int64), *padded]).astype(np.int32)
-    return RunLengthMasks(torch.from_numpy(ends), torch.from_numpy(offsets))
+    return packed([ends for image in masks for ends in [*image, *[NOTHING] * (most - len(image))]])

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
+
+from mrcnn.ops import draw_polygons, rle_decode, rle_encode
+from mrcnn.structures import RunLengthMasks
 
 Ends = NDArray[np.int64]
+NOTHING: Ends = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -27,33 +32,22 @@ class Window:
     width: int
 
 
-MAX_RUN = 2**31  # pixels, more than any image has
-MAX_COORDINATE = 1e6  # pixels; pycocotools takes memory in proportion to the length of an outline
-
-
 def ends_from_counts(counts: bytes) -> Ends:
-    """Decode COCO's compressed counts: base-32 digits, little end first, differences to the last but one run.
+    """Decode COCO's compressed counts. Raises ValueError for a string that is none."""
+    return unpacked(rle_decode([counts]))[0]
 
-    Source: pycocotools, maskApi.c, rleFrString. Raises ValueError for a string that is not one.
-    """
-    digits = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
-    if digits.size == 0 or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
-        raise ValueError("not a compressed COCO run-length string")
-    last = np.flatnonzero((digits & 32) == 0)
-    starts = np.concatenate([[0], last[:-1] + 1])
-    lengths = last - starts + 1
-    if lengths.max() > 10:
-        raise ValueError("a run of the COCO run-length string is too long")
-    place = np.arange(digits.size) - np.repeat(starts, lengths)
-    values = np.add.reduceat((digits & 31) << (5 * place), starts)
-    values -= np.where(digits[last] & 16, np.int64(1) << (5 * lengths), 0)
-    if abs(values).max() > MAX_RUN:  # before it is summed up, which would pass int64
-        raise ValueError("a run of the COCO run-length string is too long")
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])  # the first run stands alone
-    if values.min() < 0 or values.max() > MAX_RUN:
-        raise ValueError("a run of the COCO run-length string is negative or too long")
-    return np.cumsum(values)
+
+def packed(masks: Sequence[Ends]) -> RunLengthMasks:
+    """Masks as the operators take them."""
+    ends = np.concatenate([NOTHING, *masks]).astype(np.int32)
+    offsets = np.cumsum([0, *map(len, masks)])
+    return RunLengthMasks(torch.from_numpy(ends), torch.from_numpy(offsets))
+
+
+def unpacked(masks: RunLengthMasks) -> list[Ends]:
+    """The inverse of `packed`."""
+    ends, offsets = masks.ends.numpy().astype(np.int64), masks.offsets.tolist()
+    return [ends[start:end] for start, end in pairwise(offsets)]
 
 
 def ends_from_bitmap(bitmap: NDArray[Any]) -> Ends:
@@ -71,10 +65,9 @@ def bitmap_from_ends(ends: Ends, height: int, width: int) -> NDArray[np.uint8]:
     return flat.reshape((height, width), order="F")
 
 
-def counts_from_ends(ends: Ends, height: int, width: int) -> bytes:
-    """The inverse of `ends_from_counts`: COCO's compressed counts of a mask of H x W pixels."""
-    lengths = np.diff(ends, prepend=0).tolist()
-    return coco_mask.frPyObjects({"counts": lengths, "size": [height, width]}, height, width)["counts"]
+def counts_from_ends(ends: Ends) -> bytes:
+    """The inverse of `ends_from_counts`."""
+    return rle_encode(packed([ends]))[0]
 
 
 def flip_ends(ends: Ends, height: int, width: int) -> Ends:
@@ -128,28 +121,28 @@ def _joined(low: Ends, high: Ends, total: int) -> Ends:
     return ends if ends.size and ends[-1] == total else np.append(ends, total)
 
 
-def counts_from_polygons(polygons: Sequence[Sequence[float]], height: int, width: int) -> bytes:
-    """Compressed counts of the union of polygons x1, y1, x2, y2, ..., as pycocotools draws them."""
-    points = [np.asarray(each, np.float64) for each in polygons]
-    if not all((np.abs(each) <= MAX_COORDINATE).all() for each in points):  # nor where it is NaN
-        raise ValueError(f"a coordinate of a polygon is not a number of at most {MAX_COORDINATE:.0e}")
-    if any(each.size < 6 for each in points):  # pycocotools takes four numbers for a box
-        raise ValueError("a polygon has fewer than three points")
-    parts = coco_mask.frPyObjects([each.tolist() for each in points], height, width)
-    return coco_mask.merge(parts)["counts"]
-
-
 def segmentation_ends(segmentation: dict[str, Any] | None, height: int, width: int) -> Ends:
-    """Runs of a stored `segmentation` (see pipelines/schema.py); an empty array where there is none.
+    """Runs of a stored `segmentation` (see pipelines/schema.py), as pycocotools draws polygons; an empty array where
+    there is none.
 
-    Raises ValueError where the runs do not fill an image of H x W.
+    Raises ValueError where the runs do not fill an image of H x W, for damaged ones, and for what is no polygon.
     """
-    if segmentation is None or (segmentation["rle"] is None and not segmentation["polygons"]):
-        return np.zeros(0, np.int64)
-    if segmentation["rle"] is None:
-        ends = ends_from_counts(counts_from_polygons(segmentation["polygons"], height, width))
-    else:
-        ends = ends_from_counts(segmentation["rle"]["counts"].encode())
-    if ends[-1] != height * width:
-        raise ValueError(f"a mask has {ends[-1]} pixels, its image {height} x {width}")
+    return segmentations_ends([segmentation], height, width)[0]
+
+
+def segmentations_ends(segmentations: Sequence[dict[str, Any] | None], height: int, width: int) -> list[Ends]:
+    """`segmentation_ends` of each: all at once, for to begin takes longer than one mask."""
+    ends = [NOTHING] * len(segmentations)
+    present = [(i, each) for i, each in enumerate(segmentations) if each is not None]
+    counts = {i: each["rle"]["counts"].encode() for i, each in present if each["rle"] is not None}
+    polygons = {i: each["polygons"] for i, each in present if each["rle"] is None and each["polygons"]}
+    if counts:
+        for i, mask in zip(counts, unpacked(rle_decode([*counts.values()])), strict=True):
+            if mask[-1] != height * width:
+                raise ValueError(f"a mask has {mask[-1]} pixels, its image {height} x {width}")
+            ends[i] = mask
+    if polygons:
+        drawn = draw_polygons([*polygons.values()], size=(height, width))
+        for i, mask in zip(polygons, unpacked(drawn), strict=True):
+            ends[i] = mask
     return ends

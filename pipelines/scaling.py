@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from mrcnn.ops import resize_masks
+from mrcnn.ops import resize_masks, rle_encode
 from mrcnn.structures import RunLengthMasks
-from pipelines.rle import Ends, counts_from_ends, segmentation_ends
+from pipelines.rle import Ends, counts_from_ends, packed, segmentation_ends, segmentations_ends
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ def scale_instance(instance: dict[str, Any], scaling: Scaling) -> dict[str, Any]
         return instance
     segmentation = instance["segmentation"]
     if segmentation and segmentation["polygons"] is None:
-        (ends,) = resize_ends([segmentation_ends(segmentation, *scaling.before)], scaling)
-        segmentation = {"polygons": None, "rle": rle_of(ends, scaling.after)}
+        (counts,) = rle_encode(_resized([segmentation_ends(segmentation, *scaling.before)], scaling))
+        segmentation = {"polygons": None, "rle": _rle(counts, scaling.after)}
     elif segmentation:
         segmentation = {"polygons": _scale_polygons(segmentation["polygons"], scaling), "rle": None}
     return {**_scale_numbers(instance, scaling), "segmentation": segmentation}
@@ -58,28 +57,25 @@ def scale_instances(instances: list[dict[str, Any]], scaling: Scaling) -> list[d
     """
     if scaling.before == scaling.after:
         return instances
-    drawn = [segmentation_ends(each["segmentation"], *scaling.before) for each in instances]
-    resized = resize_ends(drawn, scaling)
+    drawn = segmentations_ends([each["segmentation"] for each in instances], *scaling.before)
+    counts = rle_encode(_resized(drawn, scaling))
     return [
-        {**_scale_numbers(each, scaling), "segmentation": _with_runs(each["segmentation"], ends, scaling)}
-        for each, ends in zip(instances, resized, strict=True)
+        {**_scale_numbers(each, scaling), "segmentation": _with_runs(each["segmentation"], runs, scaling)}
+        for each, runs in zip(instances, counts, strict=True)
     ]
 
 
-def resize_ends(masks: Sequence[Ends], scaling: Scaling) -> list[Ends]:
-    """Resize masks given as run ends (see pipelines/rle.py); one without runs stays so."""
-    if not masks:
-        return []
-    offsets = np.cumsum([0, *(len(each) for each in masks)])
-    ends = np.concatenate(masks).astype(np.int32)
-    runs = RunLengthMasks(torch.from_numpy(ends), torch.from_numpy(offsets))
-    resized = resize_masks(runs, size=scaling.before, new_size=scaling.after)
-    return np.split(resized.ends.numpy().astype(np.int64), resized.offsets.numpy()[1:-1])
+def _resized(masks: Sequence[Ends], scaling: Scaling) -> RunLengthMasks:
+    return resize_masks(packed(masks), size=scaling.before, new_size=scaling.after)
 
 
 def rle_of(ends: Ends, size: tuple[int, int]) -> dict[str, Any]:
     """Run ends -> COCO's compressed run lengths."""
-    return {"size": list(size), "counts": counts_from_ends(ends, *size).decode()}
+    return _rle(counts_from_ends(ends), size)
+
+
+def _rle(counts: bytes, size: tuple[int, int]) -> dict[str, Any]:
+    return {"size": list(size), "counts": counts.decode()}
 
 
 def scale_points(coordinates: Any, scaling: Scaling) -> list[float]:
@@ -105,11 +101,11 @@ def _scale_numbers(instance: dict[str, Any], scaling: Scaling) -> dict[str, Any]
     }
 
 
-def _with_runs(segmentation: dict[str, Any] | None, ends: Ends, scaling: Scaling) -> dict[str, Any] | None:
+def _with_runs(segmentation: dict[str, Any] | None, counts: bytes, scaling: Scaling) -> dict[str, Any] | None:
     if segmentation is None:
         return None
     polygons = segmentation["polygons"] and _scale_polygons(segmentation["polygons"], scaling)
-    return {"polygons": polygons, "rle": rle_of(ends, scaling.after)}
+    return {"polygons": polygons, "rle": _rle(counts, scaling.after)}
 
 
 def _scale_polygons(polygons: Sequence[Sequence[float]], scaling: Scaling) -> list[list[float]]:

@@ -175,7 +175,7 @@ def _areas(one: Piece, other: Piece, within: Window | None) -> tuple[float, floa
 
 def _cropped(piece: Piece, height: int, window: Window) -> Entry:
     ends = crop_ends(piece.ends, height, window)
-    return {"size": [window.height, window.width], "counts": counts_from_ends(ends, window.height, window.width)}
+    return {"size": [window.height, window.width], "counts": counts_from_ends(ends)}
 
 
 def _box_areas(

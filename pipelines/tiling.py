@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.rle import Ends, Window, box_from_ends, crop_ends, pixels_in, segmentation_ends
+from pipelines.rle import Ends, Window, box_from_ends, crop_ends, pixels_in, segmentations_ends
 from pipelines.scaling import rle_of
 from pipelines.validate import lies_far, min_extent
 
@@ -62,7 +62,7 @@ def parts(size: tuple[int, int], instances: Sequence[Instance], tiling: Tiling) 
     if len(found) == 1:
         yield Part(found[0], list(instances), list(range(len(instances))))
         return
-    masks = [segmentation_ends(each["segmentation"], *size) for each in instances]
+    masks = segmentations_ends([each["segmentation"] for each in instances], *size)
     for window in found:
         yield part_of(window, instances, masks, height=size[0], min_share=tiling.min_share)
 

@@ -1,7 +1,7 @@
 """A toy data set in COCO's format: overlapping shapes on textured background, with exact masks.
 
-Shapes are drawn by the rasteriser that reads their polygons later (pycocotools), so a polygon or run-length
-mask is the painted object to the pixel. Shape decides the class; colour only hints at it.
+Shapes are drawn by the rasteriser that reads their polygons later, so a polygon or run-length mask is the painted
+object to the pixel. Shape decides the class; colour only hints at it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from pipelines.prefetch import prefetched
-from pipelines.rle import bitmap_from_ends, counts_from_polygons, ends_from_counts
+from pipelines.rle import bitmap_from_ends, segmentation_ends
 from pipelines.storage import Store, open_store
 
 Mask = NDArray[np.bool_]
@@ -179,7 +179,7 @@ def _random_shape(rng: np.random.Generator, height: int, width: int) -> tuple[_S
     x, y = corners.T
     area = abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 2
     polygon = corners.ravel().tolist()
-    ends = ends_from_counts(counts_from_polygons([polygon], height, width))
+    ends = segmentation_ends({"polygons": [polygon], "rle": None}, height, width)
     full = bitmap_from_ends(ends, height, width).astype(bool)
     return _Shape(category, polygon, full, np.stack([corners[x.argmin()], corners[x.argmax()], center])), area
 

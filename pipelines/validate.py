@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from contextlib import suppress
+from math import fsum
+from operator import mul, sub
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipelines.prefetch import batched
 from pipelines.rle import Ends, ends_from_counts
 from pipelines.scaling import rle_of
 
@@ -16,6 +18,8 @@ FAR = 1.0  # image sides by which a polygon or keypoint may leave the image: far
 EDGES, CROSSINGS = 2, 100  # how long outlines may be, which drawing takes memory for: all edges of an image's pixels,
 # and so many times along its sides, by which a small image may have polygons that are larger
 MIN_EXTENT = 1e-3  # pixels of a box in the image; what is less has no extent
+LARGE = 1e9  # what is not below it is no coordinate, area or count of anything
+NUMBERS = {int, float}  # not bool
 FLOAT32 = 2.0**-22  # of a coordinate: two steps of float32, which boxes are stored as
 
 
@@ -28,10 +32,14 @@ def min_extent(side: int) -> float:
     return max(MIN_EXTENT, FLOAT32 * side)
 
 
-def lies_far(points: Sequence[float] | NDArray[np.float64], size: tuple[int, int], *, tolerance: float = 0.0) -> bool:
+def lies_far(points: Sequence[float], size: tuple[int, int], *, tolerance: float = 0.0) -> bool:
     """Whether one of x1, y1, x2, y2, ... is more than FAR sides of an image of (height, width) away from it, or NaN."""
-    away = np.abs(np.reshape(points, (-1, 2)) / [size[1], size[0]] - 0.5)
-    return not (away <= 0.5 + FAR + tolerance).all()
+    height, width = size
+    near = FAR + tolerance
+    return not all(
+        all(map((-near * side).__le__, values)) and all(map(((1 + near) * side).__ge__, values))
+        for values, side in ((points[0::2], width), (points[1::2], height))
+    )
 
 
 def to_instance(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -53,12 +61,12 @@ def to_instance(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, 
 
 
 def _numbers(value: Any, what: str) -> list[float]:
-    good = isinstance(value, list) and all(
-        isinstance(each, int | float) and not isinstance(each, bool) and abs(each) < 1e9 for each in value
-    )  # a NaN is not below anything
-    if not good:
-        raise AnnotationError(f"{what} is not a list of finite numbers")
-    return [float(each) for each in value]
+    if isinstance(value, list) and NUMBERS.issuperset(map(type, value)):
+        with suppress(OverflowError):
+            numbers = [*map(float, value)]
+            if all(map(LARGE.__gt__, map(abs, numbers))):  # a NaN is not below anything
+                return numbers
+    raise AnnotationError(f"{what} is not a list of finite numbers")
 
 
 def _box(bbox: Any, size: tuple[int, int]) -> list[float]:
@@ -97,8 +105,8 @@ def _keypoints(keypoints: Any, size: tuple[int, int]) -> list[float] | None:
     wrong = [v for v in numbers[2::3] if v not in (0, 1, 2)]
     if wrong:
         raise AnnotationError(f"keypoint visibility is neither 0, 1 nor 2: {wrong[0]:g}")
-    points = np.reshape(numbers, (-1, 3))
-    if lies_far(points[points[:, 2] > 0, :2], size):
+    labelled = [each for x, y, visible in batched(numbers, 3) if visible for each in (x, y)]
+    if lies_far(labelled, size):
         raise AnnotationError("keypoint lies far outside the image")
     return numbers
 
@@ -121,10 +129,9 @@ def _polygons(value: list[Any], size: tuple[int, int]) -> list[list[float]]:
             raise AnnotationError(f"polygon has fewer than three points or an odd count: {len(numbers)} numbers")
         if lies_far(numbers, size):
             raise AnnotationError("polygon lies far outside the image")
-        x, y = np.array(numbers[0::2]), np.array(numbers[1::2])
-        before_x, before_y = np.roll(x, 1), np.roll(y, 1)
-        area += abs(float(x @ before_y - y @ before_x)) / 2
-        outline += float(np.maximum(abs(x - before_x), abs(y - before_y)).sum())
+        polygon_area, polygon_outline = _area_and_outline(numbers[0::2], numbers[1::2])
+        area += polygon_area
+        outline += polygon_outline
         found.append(numbers)
     if area == 0:
         raise AnnotationError("polygon has no area")
@@ -132,6 +139,14 @@ def _polygons(value: list[Any], size: tuple[int, int]) -> list[list[float]]:
     if outline > bound:
         raise AnnotationError(f"polygon has too long an outline: {outline:.0f} pixels, the bound is {bound}")
     return found
+
+
+def _area_and_outline(x: list[float], y: list[float]) -> tuple[float, float]:
+    """Of a polygon with these corners, its edges as long as their longer axis. In plain Python, as all here: for the
+    dozens of numbers that a polygon has, numpy takes longer."""
+    before_x, before_y = [x[-1], *x[:-1]], [y[-1], *y[:-1]]
+    area = abs(fsum(map(mul, x, before_y)) - fsum(map(mul, y, before_x))) / 2
+    return area, sum(map(max, map(abs, map(sub, x, before_x)), map(abs, map(sub, y, before_y))))
 
 
 def _rle_ends(rle: dict[str, Any], size: tuple[int, int]) -> Ends:
@@ -145,7 +160,7 @@ def _rle_ends(rle: dict[str, Any], size: tuple[int, int]) -> Ends:
             raise AnnotationError(f"run lengths are damaged: {error}") from None
     else:
         numbers = _numbers(counts, "run lengths")
-        if any(each < 0 or not math.isfinite(each) or each != int(each) for each in numbers):
+        if any(each < 0 or each != int(each) for each in numbers):
             raise AnnotationError("run lengths are damaged: not whole numbers from 0 on")
         ends = np.cumsum(np.array(numbers, np.int64))
     if len(ends) == 0 or ends[-1] != size[0] * size[1]:

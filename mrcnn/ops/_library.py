@@ -143,6 +143,23 @@ def _resize_masks_fake(
     return ends.new_empty(runs), torch.empty_like(offsets)
 
 
+@torch.library.register_fake("mrcnn::rle_encode")
+def _rle_encode_fake(ends: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return ends.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8), torch.empty_like(offsets)
+
+
+@torch.library.register_fake("mrcnn::rle_decode")
+def _rle_decode_fake(text: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    return text.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32), torch.empty_like(offsets)
+
+
+@torch.library.register_fake("mrcnn::draw_polygons")
+def _draw_polygons_fake(
+    points: Tensor, polygons: Tensor, masks: Tensor, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    return points.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32), torch.empty_like(masks)
+
+
 @torch.library.register_fake("mrcnn::enlarge_image")
 def _enlarge_image_fake(image: Tensor, out: Tensor) -> None:
     pass  # what it writes is in `out`

@@ -1,13 +1,19 @@
-"""Operators on run-length masks: mask targets, and masks of another size."""
+"""Operators on run-length masks: mask targets, masks of another size, of polygons, and as COCO stores them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from mrcnn.ops import _library  # noqa: F401  importing it registers torch.ops.mrcnn
 from mrcnn.ops._checks import check_index, check_positive, check_rois, check_tensor
 from mrcnn.structures import RunLengthMasks
+
+MAX_COORDINATE = 1e6  # pixels of a polygon: to draw it takes time in proportion to the length of its outline
 
 
 def rle_roi_align(
@@ -85,3 +91,57 @@ def resize_masks(masks: RunLengthMasks, *, size: tuple[int, int], new_size: tupl
     check_positive("size", *size)
     check_positive("new_size", *new_size)
     return RunLengthMasks(*torch.ops.mrcnn.resize_masks(masks.ends, masks.offsets, *size, *new_size))
+
+
+def draw_polygons(masks: Sequence[Sequence[Sequence[float]]], *, size: tuple[int, int]) -> RunLengthMasks:
+    """Masks of polygons, to the pixel as pycocotools draws them.
+
+    Args:
+        masks: of each the polygons that it is the union of, each x1, y1, x2, y2, ... in pixels. One without polygons
+            has no runs.
+        size: their height and width.
+
+    Raises:
+        ValueError: a polygon of fewer than three points or of an odd count, a coordinate that is not a number of at
+            most 10^6, a size below 1 or of more than 2^31 pixels.
+    """
+    polygons = [polygon for mask in masks for polygon in mask]
+    lengths = [len(polygon) for polygon in polygons]
+    if any(length < 6 or length % 2 for length in lengths):
+        raise ValueError("a polygon has fewer than three points, or an odd count of numbers")
+    check_positive("size", *size)
+    points = np.concatenate(polygons, dtype=np.float64).reshape(-1, 2) if polygons else np.zeros((0, 2))
+    if not (np.abs(points) <= MAX_COORDINATE).all():  # nor where it is NaN
+        raise ValueError(f"a coordinate of a polygon is not a number of at most {MAX_COORDINATE:.0e}")
+    if size[0] * size[1] >= 2**31:
+        raise ValueError(f"size is {size[0]} x {size[1]}: give fewer than 2^31 pixels")
+    of_polygons, of_masks = _offsets(lengths) // 2, _offsets([len(mask) for mask in masks])
+    return RunLengthMasks(*torch.ops.mrcnn.draw_polygons(torch.from_numpy(points), of_polygons, of_masks, *size))
+
+
+def rle_encode(masks: RunLengthMasks) -> list[bytes]:
+    """COCO's compressed `counts` of each mask, empty for one without runs."""
+    cpu = torch.device("cpu")
+    check_tensor("masks.ends", masks.ends, shape="(T,)", dims=1, dtype=torch.int32, device=cpu)
+    check_tensor("masks.offsets", masks.offsets, shape="(I + 1,)", dims=1, dtype=torch.int64, device=cpu)
+    text, offsets = torch.ops.mrcnn.rle_encode(masks.ends, masks.offsets)
+    joined, at = text.numpy().tobytes(), offsets.tolist()
+    return [joined[start:end] for start, end in pairwise(at)]
+
+
+def rle_decode(counts: Sequence[bytes]) -> RunLengthMasks:
+    """The inverse of `rle_encode`, but that each has to have runs.
+
+    Raises ValueError for what is no compressed COCO run-length string, or one of more than 2^31 pixels.
+    """
+    joined = np.frombuffer(bytearray(b"".join(counts)), np.uint8)
+    try:
+        return RunLengthMasks(
+            *torch.ops.mrcnn.rle_decode(torch.from_numpy(joined), _offsets([len(each) for each in counts]))
+        )
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int64))

@@ -24,7 +24,7 @@ from pipelines.augment import resize_row
 from pipelines.build import prepare
 from pipelines.config import BuildConfig
 from pipelines.dataset import ShardDataset
-from pipelines.rle import bitmap_from_ends, counts_from_polygons, ends_from_counts, segmentation_ends
+from pipelines.rle import bitmap_from_ends, segmentation_ends
 from pipelines.scaling import Scaling, scale_instances
 from pipelines.shard_task import make_shard
 from pipelines.toy import ToySummary
@@ -157,8 +157,8 @@ def test_boxes_and_polygons_move_with_the_masks(built: dict[str, ShardDataset], 
             assert columns.max() + 1 <= expected[2] + 2 * x
             assert rows.max() + 1 <= expected[3] + 2 * y
             if not annotation["iscrowd"]:
-                counts = counts_from_polygons(instance["segmentation"]["polygons"], *row.size)
-                overlaps.append(iou(bitmap_from_ends(ends_from_counts(counts), *row.size).astype(bool), stored))
+                drawn = segmentation_ends({**instance["segmentation"], "rle": None}, *row.size)
+                overlaps.append(iou(bitmap_from_ends(drawn, *row.size).astype(bool), stored))
     # drawn after resizing, polygons miss up to a pixel along the outline: that is why there are run lengths beside
     assert np.median(overlaps) > 0.95
     assert min(overlaps) < 0.99

@@ -85,7 +85,7 @@ def test_cutting_measuring_and_packing_are_those_of_the_bitmap(
 ) -> None:
     bitmap = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
     ends = ends_from_bitmap(bitmap)
-    assert counts_from_ends(ends, height, width) == coco_mask.encode(np.asfortranarray(bitmap))["counts"]
+    assert counts_from_ends(ends) == coco_mask.encode(np.asfortranarray(bitmap))["counts"]
     assert pixels_in(ends) == bitmap.sum()
     rows, columns = np.nonzero(bitmap)
     expected = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if bitmap.any() else None

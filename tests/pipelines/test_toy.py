@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
-from pipelines.rle import bitmap_from_ends, counts_from_polygons, ends_from_counts
 from pipelines.storage import open_store
 from pipelines.toy import MIN_VISIBLE, ToySummary, make_toy_data, make_toy_image
 
 
 def bitmap(annotation: dict, height: int, width: int) -> np.ndarray:
-    segmentation = annotation["segmentation"]
-    is_rle = isinstance(segmentation, dict)
-    counts = segmentation["counts"].encode() if is_rle else counts_from_polygons(segmentation, height, width)
-    return bitmap_from_ends(ends_from_counts(counts), height, width)
+    rle = annotation["segmentation"]
+    if not isinstance(rle, dict):
+        rle = coco_mask.merge(coco_mask.frPyObjects(rle, height, width))
+    return coco_mask.decode(rle)
 
 
 def test_same_seed_same_bytes_whatever_the_number(toy_data: ToySummary, tmp_path: Path) -> None:

@@ -40,6 +40,12 @@ STABLE_TORCH_LIBRARY(mrcnn, m) {
   m.def(
       "resize_masks(Tensor ends, Tensor offsets, int height, int width, int new_height, int new_width) "
       "-> (Tensor ends, Tensor offsets)");
+  m.def("rle_encode(Tensor ends, Tensor offsets) -> (Tensor text, Tensor offsets)");
+  m.def("rle_decode(Tensor text, Tensor offsets) -> (Tensor ends, Tensor offsets)");
+  // polygons: offsets of P polygons into the points; masks: offsets of I masks into the polygons.
+  m.def(
+      "draw_polygons(Tensor points, Tensor polygons, Tensor masks, int height, int width) "
+      "-> (Tensor ends, Tensor offsets)");
   m.def("enlarge_image(Tensor image, Tensor(a!) out) -> ()");
   // boxes come sorted, best first, counts of them in each image; returns positions, -1 after the last.
   m.def("nms(Tensor boxes, Tensor groups, Tensor counts, float iou_threshold, int top_n) -> Tensor");
