@@ -16,35 +16,39 @@ from s3fs.core import S3_RETRYABLE_ERRORS
 
 from pipelines.filesystems import BODY_ATTEMPTS, filesystem
 from pipelines.local_files import check_bytes
-from pipelines.storage_errors import UnreachableError, endpoint_hint, plain_errors
+from pipelines.storage_errors import ChangedFileError, UnreachableError, endpoint_hint, plain_errors
 
 SINGLE_PUT = 5 * 2**30  # bytes, S3's bound. Parts of a larger file would stay, unseen but paid for, if its writer died
 
 
 def get(path: str, at_most: int | None = None) -> bytes:
     """The bytes of bucket/key. Raises as `Store` does."""
-    return _get(path, {}, at_most)
+    return _get(path, {}, at_most=at_most)
 
 
-def get_range(path: str, start: int, length: int) -> bytes:
-    """`length` bytes, at least one, from byte `start` on."""
-    return _get(path, {"Range": f"bytes={start}-{start + length - 1}"})
+def get_range(path: str, start: int, length: int, etag: str = "") -> bytes:
+    """`length` bytes, at least one, from byte `start` on. Raises ChangedFileError where the object's ETag is given and
+    it has another."""
+    return _get(path, {"Range": f"bytes={start}-{start + length - 1}"}, etag=etag)
 
 
-def _get(path: str, part: dict[str, str], at_most: int | None = None) -> bytes:
+def _get(path: str, part: dict[str, str], *, at_most: int | None = None, etag: str = "") -> bytes:
     fs = filesystem("s3")
     bucket, _, key = path.partition("/")
     with plain_errors(f"s3://{path}"):
-        data: bytes = sync(fs.loop, _read_object, fs, {"Bucket": bucket, "Key": key, **part}, at_most)
+        data: bytes = sync(fs.loop, _read_object, fs, {"Bucket": bucket, "Key": key, **part}, at_most, etag)
         return data
 
 
-async def _read_object(fs: Any, request: dict[str, str], at_most: int | None) -> bytes:
+async def _read_object(fs: Any, request: dict[str, str], at_most: int | None, etag: str) -> bytes:
+    uri = f"s3://{request['Bucket']}/{request['Key']}"
     for attempt in range(1, BODY_ATTEMPTS + 1):
         answer = await fs._call_s3("get_object", **request)
         body = answer["Body"]
         try:
-            check_bytes(f"s3://{request['Bucket']}/{request['Key']}", answer.get("ContentLength", 0), at_most)
+            check_bytes(uri, answer.get("ContentLength", 0), at_most)
+            if etag and answer.get("ETag", etag) != etag:  # not asked for by If-Match, which not all servers know
+                raise ChangedFileError(f"{uri} was changed while it was being read")
             data: bytes = await body.read()
             return data
         except S3_RETRYABLE_ERRORS:

@@ -24,9 +24,10 @@ from pipelines.direct_file import ROOM, DirectFile
 from pipelines.manifest import ShardInfo
 from pipelines.schema import SHARD
 from pipelines.storage import Store
-from pipelines.storage_errors import plain_errors
+from pipelines.storage_errors import ChangedFileError, plain_errors
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises where bytes are not what they should be
+CHANGED = "it was changed while it was being read"
 READ_BYTES = 1024 * 1024
 SMALL_WRITES = 16 * 1024  # bytes of them that become one
 MAGIC = b"ARROW1"
@@ -232,7 +233,7 @@ class ShardReader:
     """Random access to the rows of one shard. Threads may share it.
 
     A local file is mapped into memory. To read a map beyond the end of a file that was cut short kills the process, so
-    every read first looks whether the file is still the one that was opened.
+    every read first looks whether the file is still the one that was opened; on S3 each request asks for that one.
     """
 
     def __init__(self, store: Store, info: ShardInfo, schema: pa.Schema = SHARD) -> None:
@@ -242,6 +243,7 @@ class ShardReader:
         # not cached_property's own lock, of which Python 3.11 has one for all readers: they would wait for each other
         self._lock = threading.Lock()
         self._found: NDArray[Any] | None = None
+        self._etag = ""
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -287,15 +289,21 @@ class ShardReader:
         if self._store.is_local:
             mapped, stamp = self._mapped
             if self._stamp() != stamp:
-                raise self.damaged("it was changed while it was being read")
+                raise self.damaged(CHANGED)
             return mapped.slice(start, length)
-        data = self._store.read_range(self._info.name, start, length)
+        try:
+            data = self._store.read_range(self._info.name, start, length, self._etag)
+        except ChangedFileError:
+            raise self.damaged(CHANGED) from None
         if len(data) != length:
             raise self.damaged(f"it ends at byte {start + len(data)}, {start + length} are needed")
         return pa.py_buffer(data)
 
     def _size(self) -> int:
-        size = self._stamp()[1] if self._store.is_local else self._store.size(self._info.name)
+        if self._store.is_local:
+            size = self._stamp()[1]
+        else:
+            size, self._etag = self._store.size_and_etag(self._info.name)
         if size != self._info.bytes:
             raise self.damaged(f"it has {size} bytes, its manifest says {self._info.bytes}")
         return size

@@ -115,10 +115,11 @@ class Store:
             time.sleep(0.1 * 2**attempt)
         return self._call("cat_file", name)
 
-    def read_range(self, name: str, start: int, length: int) -> bytes:
-        """`length` bytes of a file from byte `start` on: one ranged request. Threads may call it at once."""
+    def read_range(self, name: str, start: int, length: int, etag: str = "") -> bytes:
+        """`length` bytes of a file from byte `start` on: one ranged request. Threads may call it at once. Raises
+        ChangedFileError where a file on S3 is not that of this `etag` any more."""
         if self.uri.startswith("s3://"):
-            return s3_objects.get_range(f"{self._root}/{check_name(name)}", start, length)
+            return s3_objects.get_range(f"{self._root}/{check_name(name)}", start, length, etag)
         return self._call("cat_file", name, start=start, end=start + length)
 
     def read_blocks(self, name: str, length: int = BLOCK) -> Iterator[bytes]:
@@ -134,6 +135,11 @@ class Store:
     def size(self, name: str) -> int:
         """Bytes of a file; 0 where a web server does not say."""
         return int(self._call("size", name) or 0)
+
+    def size_and_etag(self, name: str) -> tuple[int, str]:
+        """Bytes of a file, and on S3 what changes as it does; empty elsewhere."""
+        found = self._call("info", name)
+        return int(found["size"]), str(found.get("ETag", ""))
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file or folder."""
@@ -265,10 +271,12 @@ class Store:
 
     def linked_folders(self) -> Iterator[str]:
         """Names of the links to local folders elsewhere, sorted, hidden ones left out: what `list` does not follow."""
-        for folder, folders, _ in os.walk(self.path) if self.is_local else ():
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            paths = (os.path.join(folder, name) for name in folders)
-            yield from (os.path.relpath(path, self.path) for path in paths if self._leads_out(path))
+        waiting = [self.uri] if self.is_local else []  # not os.walk, whose calls lie as deep as the folders
+        while waiting:
+            with suppress(OSError), os.scandir(waiting.pop()) as entries:  # `list` tells what cannot be looked into
+                folders = sorted(each.path for each in entries if _is_folder(each) and not each.name.startswith("."))
+                yield from (os.path.relpath(path, self.path) for path in folders if self._leads_out(path))
+                waiting += [path for path in reversed(folders) if not os.path.islink(path)]
 
     def _leads_out(self, path: str) -> bool:
         """Whether a path is a link to a local folder that is not below this one."""
@@ -373,6 +381,11 @@ def _local_store(path: str) -> Store:
         return Store(str(Path(path).expanduser().absolute()))
     except RuntimeError:
         raise ValueError(f"{path!r} is no folder: there is no such user's home") from None
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Or a link to one. Without an error for a link to itself."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
 
 
 def _fitting(walk: Iterator[Listed], suffixes: tuple[str, ...], *, hidden: bool) -> Iterator[Listed]:

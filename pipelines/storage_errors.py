@@ -48,6 +48,10 @@ class UnfitFileError(ValueError):
         self.reason = reason
 
 
+class ChangedFileError(ValueError):
+    """A file is not the one any more that was looked up before."""
+
+
 class UnreachableError(ValueError):
     """The storage does not answer now, and may later: an endpoint that is down, busy or wrong."""
 
@@ -65,7 +69,7 @@ def plain_errors(uri: str) -> Iterator[None]:
     uri = without_secrets(uri)
     try:
         yield
-    except UnfitFileError:
+    except (UnfitFileError, ChangedFileError):
         raise
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if _code(error) == "NoSuchBucket":
@@ -147,9 +151,10 @@ def _other_error(uri: str, error: Exception) -> Exception:
         is_away = "://" in uri or (isinstance(error, OSError) and error.errno in AWAY)
         return (UnreachableError if is_away else ValueError)(f"{uri} cannot be used: {kind}{told}")
     is_refused = isinstance(error, OSError) and error.errno in REFUSED
+    remedy = ": check AWS_ENDPOINT_URL, AWS_REGION and the name of the bucket" if is_refused else ""
     longer = " (MRCNN_S3_READ_SECONDS is how long it is waited)" if isinstance(error, ReadTimeoutError) else ""
     return (ValueError if is_refused else UnreachableError)(
-        f"{uri} cannot be reached{endpoint_hint(uri)}: {type(error).__name__}: {error}{longer}"
+        f"{uri} cannot be reached{endpoint_hint(uri)}: {type(error).__name__}: {error}{longer}{remedy}"
     )
 
 

@@ -210,11 +210,11 @@ class Remote:
     def __init__(self, folder: Path, readers: int) -> None:
         self.folder, self.together = folder, threading.Barrier(readers, timeout=10)
 
-    def size(self, name: str) -> int:
+    def size_and_etag(self, name: str) -> tuple[int, str]:
         self.together.wait()
-        return (self.folder / name).stat().st_size
+        return (self.folder / name).stat().st_size, "etag"
 
-    def read_range(self, name: str, start: int, length: int) -> bytes:
+    def read_range(self, name: str, start: int, length: int, etag: str) -> bytes:
         return (self.folder / name).read_bytes()[start : start + length]
 
 
@@ -301,6 +301,19 @@ def test_damage_on_s3(folder: Path, s3: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"there is no file {store.uri}/{SHARD}"):
         take(ShardDataset(store.uri))
     assert no_threads_are_left()
+
+
+def test_a_shard_that_is_replaced_on_s3_while_it_is_read(folder: Path, s3: str) -> None:
+    """By one of as many bytes, as another build of raw pixels makes it."""
+    store = open_store(on_s3(folder, f"{s3}/replaced"))
+    dataset = ShardDataset(store.uri)
+    take(dataset)
+    data = store.read_bytes(SHARD)
+    store.write_bytes(SHARD, bytes(len(data)))
+    with pytest.raises(ValueError, match=rf"{SHARD} is damaged \(it was changed while it was being read\)"):
+        take(dataset)
+    store.write_bytes(SHARD, data)
+    assert len(take(dataset)) == 20
 
 
 def test_a_shard_that_is_cut_short_or_goes_on_s3_while_it_is_read(folder: Path, s3: str) -> None:

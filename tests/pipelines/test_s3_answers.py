@@ -143,3 +143,15 @@ def test_an_endpoint_that_is_none_is_told_without_what_is_secret(value: str, mon
         open_store("s3://bucket/folder").check_answers()
     assert "SEC" not in str(told.value).replace("AWS_SECRET_ACCESS_KEY", "")
     assert ("@" in value or "?" in value) or repr(value) in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(301, "PermanentRedirect"), (400, "InvalidRequest"), (501, "NotImplemented")]
+)
+def test_what_no_second_request_changes_names_the_remedy(answering: Any, status: int, code: str) -> None:
+    asked = answering(lambda method, query: error(status, code))
+    with pytest.raises(ValueError, match="check AWS_ENDPOINT_URL, AWS_REGION and the name of the bucket") as raised:
+        open_store("s3://bucket/folder").read_bytes("file")
+    assert not isinstance(raised.value, UnreachableError)
+    assert "bucket/folder/file cannot be reached" in str(raised.value)
+    assert len(asked) < 4

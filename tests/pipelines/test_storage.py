@@ -243,6 +243,27 @@ def test_what_is_tried_again_is_not_tried_again_by_others(
                 proxy.seen.clear()
 
 
+def test_links_are_found_in_folders_of_any_depth_and_among_links_to_themselves(tmp_path: Path) -> None:
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    images.mkdir()
+    deepest = images
+    for _ in range(1200):  # Python's own bound of calls is 1000
+        deepest = deepest / "d"
+        deepest.mkdir()
+    for folder in (images, deepest):
+        (folder / "away").symlink_to(elsewhere)
+        (folder / "itself").symlink_to(folder / "itself")
+        (folder / ".hidden").symlink_to(elsewhere)
+        (folder / "zz").mkdir()
+        (folder / "zz/away").symlink_to(elsewhere)
+        (folder / "zz/back").symlink_to(images)
+    names = sorted(open_store(str(images)).linked_folders())
+    below = f"{deepest.relative_to(images)}/"
+    assert names == sorted(["away", f"{below}away", f"{below}zz/away", "zz/away"])
+    assert list(open_store(str(tmp_path / "none")).linked_folders()) == []
+
+
 def test_a_range(root: str) -> None:
     store = open_store(root)
     store.write_bytes("file", bytes(range(200)))
