@@ -55,7 +55,7 @@ def scale_instances(instances: list[dict[str, Any]], scaling: Scaling) -> list[d
     pycocotools rounds corners to pixels, so that polygons that are drawn after resizing give another mask, which
     differs from the resized one along its outline: by a tenth of its pixels where the object is small.
     """
-    if scaling.before == scaling.after:
+    if scaling.before == scaling.after or not instances:
         return instances
     drawn = segmentations_ends([each["segmentation"] for each in instances], *scaling.before)
     counts = rle_encode(_resized(drawn, scaling))
