@@ -34,7 +34,10 @@ class Window:
 
 def ends_from_counts(counts: bytes) -> Ends:
     """Decode COCO's compressed counts. Raises ValueError for a string that is none."""
-    return unpacked(rle_decode([counts]))[0]
+    try:
+        return unpacked(rle_decode([counts]))[0]
+    except ValueError:
+        raise ValueError("not a compressed COCO run-length string") from None
 
 
 def packed(masks: Sequence[Ends]) -> RunLengthMasks:

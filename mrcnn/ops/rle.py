@@ -140,7 +140,7 @@ def rle_decode(counts: Sequence[bytes]) -> RunLengthMasks:
             *torch.ops.mrcnn.rle_decode(torch.from_numpy(joined), _offsets([len(each) for each in counts]))
         )
     except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise ValueError(str(error).splitlines()[0].removeprefix("rle_decode: ")) from None
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:

@@ -146,7 +146,7 @@ DAMAGED = [b"", b"\xff\xff", b" ", b"P", b"PPPPPPPPPPPPPPPP0", b"00" + b"ooooooo
 
 @pytest.mark.parametrize("counts", DAMAGED)
 def test_damaged_strings_are_refused(counts: bytes) -> None:
-    with pytest.raises(ValueError, match="string 1 is not one of compressed COCO run lengths"):
+    with pytest.raises(ValueError, match=r"^string 1 is not one of compressed COCO run lengths$"):
         ops.rle_decode([b"9", counts])
 
 

@@ -103,12 +103,16 @@ MRCNN_AVX2 inline __m256i between(__m256i a, __m256i b, __m256i weight) {
 
 MRCNN_AVX2 void enlarge_columns_avx2(const uint8_t* row, const Columns& columns, uint8_t* out) {
   const __m256i pixel = _mm256_set1_epi8(3);
-  for (size_t block = 0; block < columns.at.size(); ++block, out += kTogether * 3) {
-    const auto* window = reinterpret_cast<const __m128i*>(row + columns.at[block]);
-    const __m256i source = _mm256_broadcastsi128_si256(_mm_loadu_si128(window));
-    const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(&columns.before[block * 32]));
+  // in variables: what is written to could, for all the compiler knows, be the vectors themselves
+  const int64_t *at = columns.at.data(), *end = at + columns.at.size();
+  const auto* before_of = reinterpret_cast<const __m256i*>(columns.before.data());
+  const auto* weight_of = reinterpret_cast<const __m256i*>(columns.weight.data());
+  for (; at != end; ++at, ++before_of, ++weight_of, out += kTogether * 3) {
+    const __m128i window = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + *at));
+    const __m256i source = _mm256_broadcastsi128_si256(window);
+    const __m256i before = _mm256_loadu_si256(before_of);
     const __m256i after = _mm256_add_epi8(before, pixel);
-    const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(&columns.weight[block * 16]));
+    const __m256i weight = _mm256_loadu_si256(weight_of);
     const __m256i made = between(_mm256_shuffle_epi8(source, before), _mm256_shuffle_epi8(source, after), weight);
     const __m256i bytes = _mm256_packus_epi16(made, made);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(bytes));
