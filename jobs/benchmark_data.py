@@ -328,9 +328,9 @@ def _stored(images: Path, out: Path, encoding: Encoding) -> float:
 def _seconds(run: Callable[[Path, Path], object], images: Path, out: Path) -> tuple[float, float]:
     """Of the clock, and of the CPUs in all processes of ours."""
     shutil.rmtree(out, ignore_errors=True)
-    start, start_cpu = time.perf_counter(), _cpu_seconds()
+    start, before = time.perf_counter(), _cpu_seconds()
     run(images, out)
-    return time.perf_counter() - start, _cpu_seconds() - start_cpu
+    return time.perf_counter() - start, _cpu_seconds_since(before)
 
 
 def _ray_data_with_pillow(images: Path, out: Path) -> None:
@@ -364,18 +364,25 @@ def _peak_of_workers() -> Iterator[list[float]]:
 
 def _memory_of_workers() -> float:
     """Bytes of this process's Ray workers, without what processes share, such as Ray's object store."""
-    return float(sum(_of_each(lambda worker: worker.memory_full_info().uss, name="ray::")))
+    return sum(_of_each(lambda worker: float(worker.memory_full_info().uss), name="ray::").values())
 
 
-def _cpu_seconds() -> float:
-    """CPU time of this process and of those below it."""
-    return sum(_of_each(lambda process: sum(process.cpu_times()[:2])))
+def _cpu_seconds() -> dict[psutil.Process, float]:
+    """CPU time of this process and of those below it, so far."""
+    return _of_each(lambda process: sum(process.cpu_times()[:2]))
 
 
-def _of_each(read: Callable[[psutil.Process], float], name: str = "") -> Iterator[float]:
+def _cpu_seconds_since(before: dict[psutil.Process, float]) -> float:
+    """CPU time of all that live now. What one had that has ended since is not taken from it: Ray ends actors of an
+    earlier run late, and their seconds are not this run's."""
+    return sum(seconds - before.get(process, 0.0) for process, seconds in _cpu_seconds().items())
+
+
+def _of_each(read: Callable[[psutil.Process], float], name: str = "") -> dict[psutil.Process, float]:
     """A number of this process and of each below it, of those whose names begin so."""
-    own = psutil.Process()
+    own, found = psutil.Process(), {}
     for process in (own, *own.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):  # it has just ended
             if process.name().startswith(name):
-                yield read(process)
+                found[process] = read(process)
+    return found

@@ -4,7 +4,10 @@ not judged."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -101,3 +104,29 @@ def test_bad_arguments_end_with_code_2(
 ) -> None:
     assert main(["benchmark", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+BURN = """
+import time
+while time.process_time() < 0.5: pass
+print("done", flush=True)
+input()
+"""
+
+
+def test_cpu_time_is_of_this_run_alone() -> None:
+    """It counts what begins in it, and is not less by what a process had that ends meanwhile."""
+
+    def burning() -> subprocess.Popen[str]:
+        process = subprocess.Popen([sys.executable, "-c", BURN], stdin=PIPE, stdout=PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "done\n"
+        return process
+
+    earlier = burning()
+    before = benchmark_data._cpu_seconds()
+    earlier.communicate("\n")
+    assert 0 <= benchmark_data._cpu_seconds_since(before) < 0.4
+    during = burning()
+    assert 0.5 <= benchmark_data._cpu_seconds_since(before) < 0.9
+    during.communicate("\n")
