@@ -52,7 +52,7 @@ def scale_instance(instance: dict[str, Any], scaling: Scaling) -> dict[str, Any]
 def scale_instances(instances: list[dict[str, Any]], scaling: Scaling) -> list[dict[str, Any]]:
     """All instances of an image, each mask also as run lengths: those of the mask that was drawn before resizing.
 
-    pycocotools rounds corners to pixels, so that polygons that are drawn after resizing give another mask, which
+    Drawing rounds an outline to pixels, so that polygons that are drawn after resizing give another mask, which
     differs from the resized one along its outline: by a tenth of its pixels where the object is small.
     """
     if scaling.before == scaling.after or not instances:

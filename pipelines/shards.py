@@ -146,8 +146,11 @@ class _CheckedFile(io.RawIOBase):
 
     def draw(self) -> None:
         """Write all that waits; what Arrow has yet to write comes behind it."""
-        while self._waiting:
-            self._put(self._waiting.popleft())
+        try:
+            while self._waiting:
+                self._put(self._waiting.popleft())
+        finally:
+            self._waiting.clear()  # after a fault nothing more is drawn
 
     def _put(self, data: Any) -> None:
         if isinstance(data, Drawn):
@@ -233,7 +236,7 @@ class ShardReader:
     """Random access to the rows of one shard. Threads may share it.
 
     A local file is mapped into memory. To read a map beyond the end of a file that was cut short kills the process, so
-    every read first looks whether the file is still the one that was opened; on S3 each request asks for that one.
+    every read first looks whether the file is still the one that was opened; so does every answer of S3.
     """
 
     def __init__(self, store: Store, info: ShardInfo, schema: pa.Schema = SHARD) -> None:
@@ -324,9 +327,11 @@ class ShardReader:
         (length,) = struct.unpack("<i", tail[-10:-6])
         if not 0 < length <= size - 10:
             raise self.damaged("bad Arrow footer")
-        footer = tail[-10 - length : -10] if length + 10 <= len(tail) else None
+        footer = tail[-10 - length : -10]
+        if length + 10 > len(tail):
+            footer = self._fetch(size - 10 - length, length).to_pybytes()
         try:
-            blocks = _record_batch_blocks(footer or self._fetch(size - 10 - length, length).to_pybytes())
+            blocks = _record_batch_blocks(footer)
         except (struct.error, ValueError):
             raise self.damaged("bad Arrow footer") from None
         ends = blocks["offset"] + blocks["metadata"] + blocks["body"]

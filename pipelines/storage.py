@@ -137,9 +137,9 @@ class Store:
         return int(self._call("size", name) or 0)
 
     def size_and_etag(self, name: str) -> tuple[int, str]:
-        """Bytes of a file, and on S3 what changes as it does; empty elsewhere."""
+        """Bytes of a file, 0 where a web server does not say; and on S3 what changes as the file does."""
         found = self._call("info", name)
-        return int(found["size"]), str(found.get("ETag", ""))
+        return int(found["size"] or 0), str(found.get("ETag", ""))
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file or folder."""
@@ -384,8 +384,11 @@ def _local_store(path: str) -> Store:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Or a link to one. Without an error for a link to itself."""
-    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+    """Or a link to one. Not what leads to itself, or has just gone."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _fitting(walk: Iterator[Listed], suffixes: tuple[str, ...], *, hidden: bool) -> Iterator[Listed]:

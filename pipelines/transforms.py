@@ -53,8 +53,8 @@ def allow_pixels(max_pixels: int) -> None:
 
 
 def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
-    """None where Pillow has to look at it: CMYK, sampling that simplejpeg does not know (a KeyError), or damage that
-    libjpeg warns of and Pillow may forgive."""
+    """None where Pillow has to look at it: CMYK, damage that libjpeg warns of and Pillow may forgive, or an unusual
+    header with sampling that simplejpeg has no name for (a KeyError)."""
     try:
         header = jpeg_header(data) or _asked_of_libjpeg(data)
         _check_size(header.height, header.width, max_pixels)

@@ -37,8 +37,9 @@ def lies_far(points: Sequence[float], size: tuple[int, int], *, tolerance: float
     height, width = size
     near = FAR + tolerance
     return not all(
-        all(map((-near * side).__le__, values)) and all(map(((1 + near) * side).__ge__, values))
+        -near * side <= value <= (1 + near) * side
         for values, side in ((points[0::2], width), (points[1::2], height))
+        for value in values
     )
 
 

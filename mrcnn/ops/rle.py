@@ -103,14 +103,15 @@ def draw_polygons(masks: Sequence[Sequence[Sequence[float]]], *, size: tuple[int
 
     Raises:
         ValueError: a polygon of fewer than three points or of an odd count, a coordinate that is not a number of at
-            most 10^6, a size below 1 or of more than 2^31 pixels.
+            most 10^6, a size below 1 or of 2^31 pixels and more.
     """
     polygons = [polygon for mask in masks for polygon in mask]
-    lengths = [len(polygon) for polygon in polygons]
+    lengths = [len(polygon or ()) for polygon in polygons]
     if any(length < 6 or length % 2 for length in lengths):
         raise ValueError("a polygon has fewer than three points, or an odd count of numbers")
     check_positive("size", *size)
-    points = np.concatenate(polygons, dtype=np.float64).reshape(-1, 2) if polygons else np.zeros((0, 2))
+    # unsafe: what is no number becomes NaN
+    points = np.concatenate([[], *polygons], dtype=np.float64, casting="unsafe").reshape(-1, 2)
     if not (np.abs(points) <= MAX_COORDINATE).all():  # nor where it is NaN
         raise ValueError(f"a coordinate of a polygon is not a number of at most {MAX_COORDINATE:.0e}")
     if size[0] * size[1] >= 2**31:
@@ -132,7 +133,7 @@ def rle_encode(masks: RunLengthMasks) -> list[bytes]:
 def rle_decode(counts: Sequence[bytes]) -> RunLengthMasks:
     """The inverse of `rle_encode`, but that each has to have runs.
 
-    Raises ValueError for what is no compressed COCO run-length string, or one of more than 2^31 pixels.
+    Raises ValueError for what is no compressed COCO run-length string, or one of 2^31 pixels and more.
     """
     joined = np.frombuffer(bytearray(b"".join(counts)), np.uint8)
     try:

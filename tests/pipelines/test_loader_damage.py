@@ -227,6 +227,23 @@ def test_shards_are_opened_side_by_side(folder: Path) -> None:
         assert list(pool.map(len, readers)) == [2, 2, 2, 2]
 
 
+def test_a_store_that_goes_while_a_long_footer_is_read_is_no_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a user would be told to remove."""
+
+    class Going(Remote):
+        def read_range(self, name: str, start: int, length: int, etag: str) -> bytes:
+            if length != shards.TAIL:
+                raise UnreachableError("the store has gone")
+            return super().read_range(name, start, length, etag)
+
+    monkeypatch.setattr(shards, "TAIL", 64)
+    info = ShardDataset(str(folder)).manifest.shards[0]
+    with pytest.raises(UnreachableError, match="the store has gone"):
+        len(shards.ShardReader(Going(folder, 1), info))  # type: ignore[arg-type]
+
+
 def faults_that_pass(method: str, path: str, before: int) -> Fault | None:
     """The first two requests for each shard fail, each shard in its own way."""
     faults: tuple[Fault, ...] = ("503", "500", "drop", "cut")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -58,6 +60,13 @@ def test_long_runs() -> None:
 def test_damaged_counts(counts: bytes) -> None:
     with pytest.raises(ValueError, match=r"^not a compressed COCO run-length string$"):
         ends_from_counts(counts)
+
+
+@pytest.mark.parametrize("polygon", [None, [], [1.0, None, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0], [1.0] * 7])
+def test_stored_polygons_that_are_none(polygon: Any) -> None:
+    """As a damaged shard may have them: Arrow takes them."""
+    with pytest.raises(ValueError, match="polygon"):
+        segmentation_ends({"polygons": [[1.0, 1.0, 5.0, 1.0, 5.0, 5.0], polygon], "rle": None}, 9, 9)
 
 
 def test_segmentations() -> None:

@@ -82,8 +82,24 @@ def test_what_fails_to_be_drawn_is_raised(tmp_path: Path) -> None:
 
 
 def test_a_fault_of_arrow_is_raised_though_pixels_wait(tmp_path: Path) -> None:
-    rows = [row_of(0, drawn(0, SMALL_WRITES)), row_of(1, drawn(1, SMALL_WRITES)) | {"encoding": "\ud800"}]
-    with pytest.raises(UnicodeEncodeError), ShardWriter(tmp_path / "shard") as writer:
+    rows = [row_of(0, drawn(0, SMALL_WRITES)), row_of(1, drawn(1, SMALL_WRITES)), row_of(2, 5)]
+    with pytest.raises(TypeError, match="bytes-like"), ShardWriter(tmp_path / "shard") as writer:
+        writer.write(rows)
+
+
+def test_after_a_fault_nothing_more_is_drawn(tmp_path: Path) -> None:
+    """Not even before the footer, which is long here."""
+
+    def first(out: NDArray[np.uint8]) -> None:
+        raise ValueError("first")
+
+    def second(out: NDArray[np.uint8]) -> None:
+        raise KeyError("second")
+
+    rows = [row_of(0, Drawn(SMALL_WRITES, draw)) for draw in (first, second, second)]
+    writer = ShardWriter(tmp_path / "shard")
+    writer.write([row_of(0, b"") for _ in range(900)])
+    with pytest.raises(ValueError, match="first"), writer:
         writer.write(rows)
 
 

@@ -15,7 +15,7 @@ from faulty_proxy import Fault, faulty_proxy
 
 from pipelines import local_files
 from pipelines.filesystems import ATTEMPTS, BODY_ATTEMPTS
-from pipelines.storage import open_store, read_uri
+from pipelines.storage import Store, open_store, read_uri
 from pipelines.storage_errors import FileRefusedError
 
 NAMES = ["a/deep/one.jpg", "a/two.JPG", "b.txt", "with space/ünicode.png"]
@@ -262,6 +262,11 @@ def test_links_are_found_in_folders_of_any_depth_and_among_links_to_themselves(t
     below = f"{deepest.relative_to(images)}/"
     assert names == sorted(["away", f"{below}away", f"{below}zz/away", "zz/away"])
     assert list(open_store(str(tmp_path / "none")).linked_folders()) == []
+
+
+def test_sizes_that_a_web_server_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "_call", lambda *_: {"name": "file", "size": None})
+    assert open_store("https://example.org/folder").size_and_etag("file") == (0, "")
 
 
 def test_a_range(root: str) -> None:

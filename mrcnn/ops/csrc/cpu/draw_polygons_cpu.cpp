@@ -67,7 +67,8 @@ class Outline {
     const double slope = steps == 0 ? 0.0 : static_cast<double>(flat ? y1 - y0 : x1 - x0) / steps;
     for (int64_t i = 0; i <= steps; ++i) {
       const int64_t along = turned ? steps - i : i;
-      const auto across = static_cast<int64_t>((flat ? y0 : x0) + slope * along + 0.5);
+      const volatile double aside = slope * along;  // never fused with the sum, which would be rounded otherwise
+      const auto across = static_cast<int64_t>((flat ? y0 : x0) + aside + 0.5);
       if (flat) {
         point(x0 + along, across);
       } else {
