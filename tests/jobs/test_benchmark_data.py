@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -116,17 +118,22 @@ input()
 
 def test_cpu_time_is_of_this_run_alone() -> None:
     """It counts what begins in it, and is not less by what a process had that ends meanwhile."""
+    with burning():
+        before = benchmark_data._cpu_seconds()
+    assert 0 <= benchmark_data._cpu_seconds_since(before) < 0.4
+    with burning():
+        assert 0.4 < benchmark_data._cpu_seconds_since(before) < 0.9
 
-    def burning() -> subprocess.Popen[str]:
-        process = subprocess.Popen([sys.executable, "-c", BURN], stdin=PIPE, stdout=PIPE, text=True)
+
+@contextmanager
+def burning() -> Iterator[None]:
+    """A process that has had half a second of CPU time, until the end of the block."""
+    with subprocess.Popen([sys.executable, "-c", BURN], stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "done\n"
-        return process
-
-    earlier = burning()
-    before = benchmark_data._cpu_seconds()
-    earlier.communicate("\n")
-    assert 0 <= benchmark_data._cpu_seconds_since(before) < 0.4
-    during = burning()
-    assert 0.5 <= benchmark_data._cpu_seconds_since(before) < 0.9
-    during.communicate("\n")
+        try:
+            yield
+        finally:
+            process.stdin.write("\n")
+            process.stdin.flush()
