@@ -166,9 +166,6 @@ class _CheckedFile(io.RawIOBase):
             super().close()
             self._file.close()
 
-    def __del__(self) -> None:
-        """Not that of its class, which closes: the file's thread, which that waits for, may be gone by then."""
-
 
 def checksum(path: Path) -> str:
     """`ShardInfo.xxh128` of a file on disk."""

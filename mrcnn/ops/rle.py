@@ -48,8 +48,7 @@ def rle_roi_align(
             where looking would wait for the GPU, the pixels that no run covers read as 0.
     """
     device = masks.ends.device
-    check_tensor("masks.ends", masks.ends, shape="(T,)", dims=1, dtype=torch.int32, device=device)
-    check_tensor("masks.offsets", masks.offsets, shape="(I + 1,)", dims=1, dtype=torch.int64, device=device)
+    _check_masks(masks, device)
     if masks.offsets.shape[0] == 0:
         raise ValueError("masks.offsets is empty: give I + 1 offsets, [0] where there are no instances")
     check_rois(rois, columns=4, device=device)
@@ -85,9 +84,7 @@ def resize_masks(masks: RunLengthMasks, *, size: tuple[int, int], new_size: tupl
         ValueError: a size below 1, or tensors of a wrong shape, dtype or device.
         RuntimeError: runs that do not fill their image.
     """
-    cpu = torch.device("cpu")
-    check_tensor("masks.ends", masks.ends, shape="(T,)", dims=1, dtype=torch.int32, device=cpu)
-    check_tensor("masks.offsets", masks.offsets, shape="(I + 1,)", dims=1, dtype=torch.int64, device=cpu)
+    _check_masks(masks, torch.device("cpu"))
     check_positive("size", *size)
     check_positive("new_size", *new_size)
     return RunLengthMasks(*torch.ops.mrcnn.resize_masks(masks.ends, masks.offsets, *size, *new_size))
@@ -122,9 +119,7 @@ def draw_polygons(masks: Sequence[Sequence[Sequence[float]]], *, size: tuple[int
 
 def rle_encode(masks: RunLengthMasks) -> list[bytes]:
     """COCO's compressed `counts` of each mask, empty for one without runs."""
-    cpu = torch.device("cpu")
-    check_tensor("masks.ends", masks.ends, shape="(T,)", dims=1, dtype=torch.int32, device=cpu)
-    check_tensor("masks.offsets", masks.offsets, shape="(I + 1,)", dims=1, dtype=torch.int64, device=cpu)
+    _check_masks(masks, torch.device("cpu"))
     text, offsets = torch.ops.mrcnn.rle_encode(masks.ends, masks.offsets)
     joined, at = text.numpy().tobytes(), offsets.tolist()
     return [joined[start:end] for start, end in pairwise(at)]
@@ -142,6 +137,11 @@ def rle_decode(counts: Sequence[bytes]) -> RunLengthMasks:
         )
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[0].removeprefix("rle_decode: ")) from None
+
+
+def _check_masks(masks: RunLengthMasks, device: torch.device) -> None:
+    check_tensor("masks.ends", masks.ends, shape="(T,)", dims=1, dtype=torch.int32, device=device)
+    check_tensor("masks.offsets", masks.offsets, shape="(I + 1,)", dims=1, dtype=torch.int64, device=device)
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:

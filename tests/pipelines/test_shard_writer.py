@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tracemalloc
 import weakref
 from pathlib import Path
@@ -61,16 +62,17 @@ def by_pyarrow(path: Path, rows: list[dict[str, Any]]) -> bytes:
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("together", [1, 4, len(SIZES)])
 @pytest.mark.parametrize("make", [drawn, pixels_of])
-def test_the_bytes_are_pyarrow_s(tmp_path: Path, direct: bool, together: int, make: Any) -> None:
-    expected = by_pyarrow(tmp_path / "theirs", [row_of(i, pixels_of(i, n).tobytes()) for i, n in enumerate(SIZES)])
-    rows = [row_of(i, make(i, size)) for i, size in enumerate(SIZES)]
+@pytest.mark.parametrize("sizes", [SIZES, SIZES[::-1], SIZES[:6]])
+def test_the_bytes_are_pyarrow_s(tmp_path: Path, direct: bool, together: int, make: Any, sizes: list[int]) -> None:
+    expected = by_pyarrow(tmp_path / "theirs", [row_of(i, pixels_of(i, n).tobytes()) for i, n in enumerate(sizes)])
+    rows = [row_of(i, make(i, size)) for i, size in enumerate(sizes)]
     with ShardWriter(tmp_path / "ours", direct=direct) as writer:
         for start in range(0, len(rows), together):
             writer.write(rows[start : start + together])
     assert (tmp_path / "ours").read_bytes() == expected
     info = writer.info("ours")
-    assert (info.rows, info.bytes, info.xxh128) == (len(SIZES), len(expected), checksum(tmp_path / "ours"))
-    assert info.portrait == np.packbits(np.arange(len(SIZES)) % 2 == 1).tobytes().hex()
+    assert (info.rows, info.bytes, info.xxh128) == (len(sizes), len(expected), checksum(tmp_path / "ours"))
+    assert info.portrait == np.packbits(np.arange(len(sizes)) % 2 == 1).tobytes().hex()
 
 
 def test_what_fails_to_be_drawn_is_raised(tmp_path: Path) -> None:
@@ -101,6 +103,19 @@ def test_after_a_fault_nothing_more_is_drawn(tmp_path: Path) -> None:
     writer.write([row_of(0, b"") for _ in range(900)])
     with pytest.raises(ValueError, match="first"), writer:
         writer.write(rows)
+
+
+def test_a_file_that_cannot_be_ended_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(data: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = ShardWriter(tmp_path / "shard")
+    writer.write([row_of(0, b"") for _ in range(900)])  # their footer does not fit the buffer for small writes
+    monkeypatch.setattr(writer._file, "_put", full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    assert writer._file.closed
+    assert writer._file._file.closed
 
 
 def test_large_pixels_do_not_wait_in_memory(tmp_path: Path) -> None:

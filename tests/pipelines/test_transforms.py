@@ -217,10 +217,41 @@ def test_jpeg_of_rare_sampling() -> None:
     block = "00" + "1010"  # no difference of brightness, nothing else
     bits = (6 * block).ljust(40, "1")
     data[scan + 14 :] = int(bits, 2).to_bytes(5, "big") + b"\xff\xd9"
-    for file in (bytes(data), bytes(data[:2] + b"\xff" + data[2:])):  # filled up: libjpeg is asked for the header
-        image = decode(file)
-        assert image.shape == (32, 8, 3)
-        assert (image == 128).all()
+    image = decode(bytes(data))
+    assert image.shape == (32, 8, 3)
+    assert (image == 128).all()
+
+
+def test_exif_counts_wherever_it_stands_before_the_pixels(picture: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, upright = saved(picture, "JPEG"), saved(picture, "JPEG", exif=exif)
+    start = upright.index(b"Exif") - 4
+    (size,) = struct.unpack_from(">H", upright, start + 2)
+    segment = upright[start : start + 2 + size]
+    other = struct.pack(">BBH", 0xFF, 0xE1, 8) + b"http:/"
+    frame, scan = plain.index(b"\xff\xc0"), plain.index(b"\xff\xda")
+    turned = decode(upright)
+    assert turned.shape[:2] == (picture.width, picture.height)
+    for data in (
+        plain[:2] + segment + plain[2:],
+        plain[:2] + other + segment + plain[2:],
+        plain[:frame] + segment + plain[frame:],
+        plain[:scan] + segment + plain[scan:],
+        plain[:2] + b"\xff" + segment + plain[2:],  # filled up, as the standard allows
+    ):
+        np.testing.assert_array_equal(decode(data), turned)
+    for data in (plain + segment, plain[:2] + struct.pack(">BBH", 0xFF, 0xFE, len(segment) + 2) + segment + plain[2:]):
+        np.testing.assert_array_equal(decode(data), decode(plain))  # behind the image, or in a comment
+
+
+def test_no_bytes_of_pixels_are_searched_for_exif(picture: Image.Image) -> None:
+    class Watched(bytes):
+        def __contains__(self, part: object) -> bool:
+            pytest.fail("all bytes were searched")
+
+    for options in ({}, {"progressive": True}, {"icc_profile": b"p" * 70_000}):
+        assert not transforms._has_exif(Watched(saved(picture, "JPEG", **options)))
 
 
 @pytest.mark.parametrize("format_", ["PNG", "GIF", "WEBP"])

@@ -5,7 +5,6 @@
 // Sorted, these places are the ends of the runs. Several polygons of a mask are drawn one by one and joined.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "to_tensor.h"
 
 namespace mrcnn {
 namespace {
@@ -170,11 +170,7 @@ std::tuple<Tensor, Tensor> draw_polygons_cpu(
     }
     starts.push_back(static_cast<int64_t>(drawn.size()));
   }
-  Tensor ends = torch::stable::new_empty(points, {static_cast<int64_t>(drawn.size())}, ScalarType::Int);
-  Tensor offsets = torch::stable::new_empty(masks, {static_cast<int64_t>(starts.size())});
-  std::copy(drawn.begin(), drawn.end(), static_cast<int32_t*>(ends.data_ptr()));
-  std::copy(starts.begin(), starts.end(), static_cast<int64_t*>(offsets.data_ptr()));
-  return {ends, offsets};
+  return {to_tensor(drawn, points, ScalarType::Int), to_tensor(starts, masks, ScalarType::Long)};
 }
 
 }  // namespace

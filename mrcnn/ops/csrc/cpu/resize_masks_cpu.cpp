@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "to_tensor.h"
 
 namespace mrcnn {
 namespace {
@@ -233,11 +234,7 @@ std::tuple<Tensor, Tensor> resize_masks_cpu(
     }
     starts.push_back(static_cast<int64_t>(resized.size()));
   }
-  Tensor new_ends = torch::stable::new_empty(ends, {static_cast<int64_t>(resized.size())});
-  Tensor new_offsets = torch::stable::new_empty(offsets, {static_cast<int64_t>(starts.size())});
-  std::copy(resized.begin(), resized.end(), static_cast<int32_t*>(new_ends.data_ptr()));
-  std::copy(starts.begin(), starts.end(), static_cast<int64_t*>(new_offsets.data_ptr()));
-  return {new_ends, new_offsets};
+  return {to_tensor(resized, ends, ScalarType::Int), to_tensor(starts, offsets, ScalarType::Long)};
 }
 
 }  // namespace

@@ -4,13 +4,13 @@
 // difference to the last but one (pycocotools, maskApi.c, rleToString and rleFrString). Here a mask is its runs' ends.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 #include <vector>
 
 #include "../check.h"
+#include "to_tensor.h"
 
 namespace mrcnn {
 namespace {
@@ -76,13 +76,6 @@ void check_offsets(const char* what, const Tensor& values, ScalarType type, cons
     check(offset[i] >= 0 && offset[i] <= offset[i + 1] && offset[i + 1] <= values.size(0), what, ": offsets of mask ",
           i, " do not lie in its ", values.size(0), " numbers");
   }
-}
-
-template <typename T>
-Tensor to_tensor(const std::vector<T>& values, const Tensor& like, ScalarType type) {
-  Tensor made = torch::stable::new_empty(like, {static_cast<int64_t>(values.size())}, type);
-  std::copy(values.begin(), values.end(), static_cast<T*>(made.data_ptr()));
-  return made;
 }
 
 std::tuple<Tensor, Tensor> rle_encode_cpu(Tensor ends, Tensor offsets) {
