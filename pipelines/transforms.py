@@ -25,7 +25,7 @@ BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 WHITE_IS_ZERO = 0
 PNG_BITS = 24  # the byte that says how many a sample has
 EXIF = b"Exif\0\0"
-JPEG_APP1, JPEG_SCAN = 0xE1, 0xDA  # kinds of segments
+JPEG_SCAN = 0xDA  # a kind of segment
 JPEG_SEGMENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE}  # those that have a length
 JPEG_QUALITY = 95
 MAX_SIDE: dict[Encoding, int] = {"jpeg": 65_500, "png": 1_000_000}  # libjpeg's and libpng's bounds
@@ -72,8 +72,8 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether a JPEG has EXIF, by its segments before the first scan (ITU T.81, annex B): to search all bytes takes a
-    twentieth of the time to decode them. Where the segments are not in plain order, whether its name is anywhere."""
+    """Whether a JPEG may have EXIF, by its segments before the first scan (ITU T.81, annex B): to search all bytes takes
+    a twentieth of the time to decode them. Where the segments are not in plain order, whether its name is anywhere."""
     at = 2  # behind the start of the image
     while at + 4 <= len(data):
         begin, kind, length = struct.unpack_from(">BBH", data, at)
@@ -81,7 +81,7 @@ def _has_exif(data: bytes) -> bool:
             break
         if kind == JPEG_SCAN:
             return False
-        if kind == JPEG_APP1 and data.startswith(EXIF, at + 4):
+        if data.startswith(EXIF, at + 4):
             return True
         at += 2 + length
     return EXIF in data
