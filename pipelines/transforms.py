@@ -72,8 +72,8 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether a JPEG may have EXIF, by its segments before the first scan (ITU T.81, annex B): to search all bytes takes
-    a twentieth of the time to decode them. Where the segments are not in plain order, whether its name is anywhere."""
+    """Whether a JPEG may have EXIF, by its segments before the first scan (ITU T.81, annex B): to search all bytes is
+    a twentieth of the work of decoding them. Where segments are not in plain order, whether its name is anywhere."""
     at = 2  # behind the start of the image
     while at + 4 <= len(data):
         begin, kind, length = struct.unpack_from(">BBH", data, at)
