@@ -36,12 +36,12 @@ def read_whole(path: str, at_most: int | None = None) -> bytes:
         if error.errno not in UNOPENED:
             raise
         raise UnfitFileError(path, f"not a regular file: {error.strerror}") from None
-    with os.fdopen(opened, "rb") as file:
+    with os.fdopen(opened, "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise UnfitFileError(path, "not a regular file")
         check_bytes(path, status.st_size, at_most)
-        return file.read()
+        return file.readall()
 
 
 def check_bytes(uri: str, size: int, at_most: int | None) -> None:

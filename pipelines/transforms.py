@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 
 import cv2
 import numpy as np
@@ -15,6 +14,7 @@ from PIL.GifImagePlugin import GifImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipelines.config import Encoding
+from pipelines.jpeg_segments import has_more_scans, read_header
 
 Pixels = NDArray[np.uint8]
 
@@ -24,9 +24,7 @@ ORIENTATION = 0x0112  # EXIF tag
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 WHITE_IS_ZERO = 0
 PNG_BITS = 24  # the byte that says how many a sample has
-EXIF = b"Exif\0\0"
-JPEG_SCAN = 0xDA  # a kind of segment
-JPEG_SEGMENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xF0), 0xFE}  # those that have a length
+MAX_SCANS = 100  # of a JPEG, as libtiff has it: cameras and tools make a dozen; each takes as long as a whole image
 JPEG_QUALITY = 95
 MAX_SIDE: dict[Encoding, int] = {"jpeg": 65_500, "png": 1_000_000}  # libjpeg's and libpng's bounds
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # one text or profile as all of them: 64 MB, not 1
@@ -58,6 +56,9 @@ def allow_pixels(max_pixels: int) -> None:
 def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
     """None where Pillow has to look at it: CMYK, sampling that simplejpeg does not know (a KeyError), or damage that
     libjpeg warns of and Pillow may forgive."""
+    header = read_header(data)
+    if header.may_have_scans and has_more_scans(data, MAX_SCANS):
+        raise DecodeError(f"decompression bomb: a JPEG of more than {MAX_SCANS} scans")
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(height, width, max_pixels)
@@ -68,23 +69,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
         raise
     except (ValueError, KeyError):
         return None
-    return _upright(image, data) if _has_exif(data) else image
-
-
-def _has_exif(data: bytes) -> bool:
-    """Whether a JPEG may have EXIF, by its segments before the first scan (ITU T.81, annex B): to search all bytes is
-    a twentieth of the work of decoding them. Where segments are not in plain order, whether its name is anywhere."""
-    at = 2  # behind the start of the image
-    while at + 4 <= len(data):
-        begin, kind, length = struct.unpack_from(">BBH", data, at)
-        if begin != 0xFF or kind not in JPEG_SEGMENTS or length < 2:
-            break
-        if kind == JPEG_SCAN:
-            return False
-        if data.startswith(EXIF, at + 4):
-            return True
-        at += 2 + length
-    return EXIF in data
+    return _upright(image, data) if header.may_have_exif else image
 
 
 def _upright(image: Pixels, data: bytes) -> Pixels:

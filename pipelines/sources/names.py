@@ -9,7 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -59,8 +59,8 @@ def links_outside(images: Images, name: str) -> bool:
     """
     if not isinstance(images, Store) or not images.is_local:
         return False
-    parts = PurePosixPath(name).parts  # as they are opened
-    below = accumulate(parts[1:], os.path.join, initial=os.path.join(images.uri, *parts[:1]))
+    parts = name.split("/")
+    below = islice(accumulate(parts, os.path.join, initial=images.uri), 1, None)  # as they are opened
     if ".." not in parts and not any(map(_may_be_link, below)):  # as nearly always, and soon found out
         return False
     root, path = os.path.realpath(images.path), os.path.realpath(images.path / name)

@@ -17,9 +17,12 @@ from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from pipelines import transforms
+from pipelines.jpeg_segments import has_more_scans, read_header
 from pipelines.records import SourceError
 from pipelines.sources.annotation_files import decode_ids
-from pipelines.transforms import DecodeError, allow_pixels, decode, decode_stored, encode
+from pipelines.transforms import MAX_SCANS, DecodeError, allow_pixels, decode, decode_stored, encode
+
+SCAN = b"\xff\xda"
 
 
 @pytest.fixture
@@ -251,7 +254,46 @@ def test_no_bytes_of_pixels_are_searched_for_exif(picture: Image.Image) -> None:
             pytest.fail("all bytes were searched")
 
     for options in ({}, {"progressive": True}, {"icc_profile": b"p" * 70_000}):
-        assert not transforms._has_exif(Watched(saved(picture, "JPEG", **options)))
+        header = read_header(Watched(saved(picture, "JPEG", **options)))
+        assert not header.may_have_exif
+        assert header.may_have_scans == ("progressive" in options)
+
+
+def with_scans(data: bytes, times: int) -> bytes:
+    """A JPEG whose last scan comes so many times more."""
+    return data[:-2] + data[data.rindex(SCAN) : -2] * times + data[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_a_bomb() -> None:
+    """Each takes as long as a whole image: a thousand of them, of 14 bytes each, would take a task minutes."""
+    data = saved(Image.new("L", (90, 60), 128), "JPEG", progressive=True)
+    few = data.count(SCAN)
+    shown = decode(data)
+    np.testing.assert_array_equal(decode(with_scans(data, MAX_SCANS - few)), shown)
+    for times in (MAX_SCANS - few + 1, 5000):
+        with pytest.raises(DecodeError, match="decompression bomb: a JPEG of more than 100 scans"):
+            decode(with_scans(data, times))
+    hidden = struct.pack(">BBH", 0xFF, 0xFE, 4) + b"\xff\xd9"  # a comment with the mark of an image's end
+    last = data.rindex(SCAN)
+    with pytest.raises(DecodeError, match="scans"):
+        decode(data[:last] + hidden + data[last:-2] * MAX_SCANS + data[-2:])
+
+
+def test_scans_of_single_colours_are_counted_too(picture: Image.Image) -> None:
+    """Of a JPEG that is not progressive: its frame has three components, this scan has one."""
+    data = bytearray(saved(picture, "JPEG"))
+    data[data.index(SCAN) + 4] = 1
+    assert read_header(bytes(data)).may_have_scans
+    assert not has_more_scans(bytes(data), 1)
+
+
+def test_scans_elsewhere_are_none_of_the_image_s(picture: Image.Image) -> None:
+    """In another segment, as of a thumbnail, or behind the image's end, as of a film that a telephone puts there."""
+    data = saved(picture, "JPEG", progressive=True)
+    shown = decode(data)
+    inside = struct.pack(">BBH", 0xFF, 0xEA, 2 + 400) + SCAN * 200
+    for other in (data[:2] + inside + data[2:], data + SCAN * 1000):
+        np.testing.assert_array_equal(decode(other), shown)
 
 
 @pytest.mark.parametrize("format_", ["PNG", "GIF", "WEBP"])
