@@ -21,6 +21,7 @@ from jobs import commands
 from jobs.config import TrainConfig, TrainJob
 from jobs.config_file import config_uri, starting_point
 from jobs.job_commands import Submission, list_, logs, stop
+from jobs.output import shown, tell
 from jobs.presets import PRESETS, Preset
 from jobs.stopping import Stopped
 from mrcnn.peer_names import Classes, Peer
@@ -49,7 +50,7 @@ def build_data(
 
     prepared = prepare(config)  # before Ray starts, so that what is wrong is told at once
     with ray_session(cpus) if prepared.missing else nullcontext():
-        print(run_build(prepared))
+        tell(run_build(prepared))
 
 
 def train(
@@ -89,7 +90,7 @@ def predict(
 
     prepared = prepare(model, images, out, options=options, run=run)  # before Ray starts: what is wrong is told at once
     with ray_session(cpus) if prepared.needs_ray else nullcontext():
-        print(run_prediction(prepared))
+        tell(run_prediction(prepared))
 
 
 def convert_weights(
@@ -118,11 +119,11 @@ def convert_weights(
         raise ValueError("say either --from or --to, and torchvision or detectron2 after it")
     if from_ is not None:
         options: dict[str, Any] = {"classes": classes, "norm_eps": norm_eps, "stride_in_1x1": stride_in_1x1}
-        print(convert_from(from_, in_, out, **options))
+        tell(convert_from(from_, in_, out, **options))
     elif to is not None:
         if (classes, norm_eps, stride_in_1x1) != ("all", None, None):
             raise ValueError("--classes, --norm-eps and --stride-in-1x1 belong to --from: leave them out with --to")
-        print(convert_to(to, in_, out))
+        tell(convert_to(to, in_, out))
 
 
 def _parsed_only(function: Callable[..., Any]) -> Callable[..., partial[Any]]:
@@ -191,7 +192,7 @@ def run_train(job: TrainJob, settings: TrainConfig, cpus: int | None, config: st
     with ray_session(cpus, dashboard=True):
         from jobs.train import train as run  # not before: Ray reads some of what the session sets when it is imported
 
-        print(run(job, settings))
+        tell(run(job, settings))
 
 
 def parse_train(words: Sequence[str]) -> tuple[TrainJob, TrainConfig, int | None]:
@@ -289,7 +290,7 @@ def _fail(error: Exception, *, code: int) -> int:
     if os.environ.get("MRCNN_TRACEBACK"):
         raise error
     cause = getattr(error, "cause", None) or error  # what Ray brings from a worker has its whole traceback in its text
-    print(f"mrcnn: error: {public_uris(' '.join(str(cause).split()))}", file=sys.stderr)
+    print(f"mrcnn: error: {shown(public_uris(' '.join(str(cause).split())))}", file=sys.stderr)
     return code
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from jobs.benchmark_names import AnyBenchmarkName
+from jobs.output import tell
 
 
 def toy_data(out: str, images: int = 600, seed: int = 0, size: int = 128, keypoints: bool = False) -> None:
@@ -23,7 +24,7 @@ def toy_data(out: str, images: int = 600, seed: int = 0, size: int = 128, keypoi
     from pipelines.toy import make_toy_data
 
     made = make_toy_data(out, images=images, seed=seed, size=size, keypoints=keypoints)
-    print(f"{images} images with {made.instances} objects in {made.seconds:.1f} s: {made.out}")
+    tell(f"{images} images with {made.instances} objects in {made.seconds:.1f} s: {made.out}")
 
 
 def inspect_data(uri: str, /, out: str = ".", images: int = 12) -> None:
@@ -38,8 +39,8 @@ def inspect_data(uri: str, /, out: str = ".", images: int = 12) -> None:
     from pipelines.inspect import summarize
 
     check_images(images)  # before all shards are read
-    print(summarize(uri))
-    print(f"\npicture: {write_contact_sheet(uri, out, images)}")
+    tell(summarize(uri))
+    tell(f"\npicture: {write_contact_sheet(uri, out, images)}")
 
 
 def verify_data(uri: str, /, cpus: int | None = None) -> None:
@@ -57,7 +58,7 @@ def verify_data(uri: str, /, cpus: int | None = None) -> None:
     Manifest.read(open_store(uri).check_answers())  # before Ray starts, so that a wrong folder is told at once
     with ray_session(cpus):
         report = verify(uri)
-    print(report)
+    tell(report)
     report.check()
 
 
@@ -69,7 +70,7 @@ def replay_mlflow(run: str, /) -> None:
     """
     from jobs.replay import replay_run
 
-    print(replay_run(run))
+    tell(replay_run(run))
 
 
 def evaluate(model: str, data: str, out: str | None = None, cpus: int | None = None) -> None:
@@ -85,7 +86,7 @@ def evaluate(model: str, data: str, out: str | None = None, cpus: int | None = N
     from jobs.evaluate import evaluate as run
 
     with ray_session(cpus):
-        print(run(model, data, out))
+        tell(run(model, data, out))
 
 
 def register(run: str, name: str, best: bool = False) -> None:
@@ -100,7 +101,7 @@ def register(run: str, name: str, best: bool = False) -> None:
 
     made = run_register(run, name, best=best)
     what = f"{'the best of ' if best else ''}{run}"
-    print(f"registered {what} as {made.uri}" if made.is_new else f"{what} is {made.uri} already")
+    tell(f"registered {what} as {made.uri}" if made.is_new else f"{what} is {made.uri} already")
 
 
 def promote(name: str, version: int, alias: str = "champion", force: bool = False) -> None:
@@ -114,7 +115,7 @@ def promote(name: str, version: int, alias: str = "champion", force: bool = Fals
     """
     from jobs.registry import promote as run_promote
 
-    print(run_promote(name, version, alias, force=force))
+    tell(run_promote(name, version, alias, force=force))
 
 
 def rollback(name: str, alias: str = "champion") -> None:
@@ -126,7 +127,7 @@ def rollback(name: str, alias: str = "champion") -> None:
     """
     from jobs.registry import rollback as run_rollback
 
-    print(run_rollback(name, alias))
+    tell(run_rollback(name, alias))
 
 
 def models(action: Literal["list"], /, name: str | None = None) -> None:
@@ -140,7 +141,7 @@ def models(action: Literal["list"], /, name: str | None = None) -> None:
     from jobs.registry import list_versions
 
     versions = list_versions(name)
-    print(table(versions) if versions else "no model is registered: make one with mrcnn register")
+    tell(table(versions) if versions else "no model is registered: make one with mrcnn register")
 
 
 def benchmark(
@@ -183,7 +184,7 @@ def benchmark(
         report = run_predict_benchmark(name, images, cpus=threads, repeats=repeats)
     else:
         report = run_benchmark(name, threads=threads, repeats=repeats, device=device, with_profile=profile)
-    print(report)
+    tell(report)
     if out is not None:
         report.write(out)
 
