@@ -21,6 +21,7 @@ import fsspec
 
 from pipelines import s3_objects
 from pipelines.filesystems import ATTEMPTS, WEB, filesystem, is_conflict
+from pipelines.listing import Listed, Walk, fitting, linked_folders
 from pipelines.local_files import PART, held_part, lock, nameless_file, read_whole, remove_empty, rename
 from pipelines.storage_errors import (
     LOGIN,
@@ -33,16 +34,12 @@ from pipelines.storage_errors import (
     plain_errors,
 )
 
-CHANGES = ("mtime", "etag", "md5Hash")  # what listings have that changes with a file: of disks, Azure and Google
 DELETED_AT_ONCE = 1000  # S3's bound
-LEADING = (".", "..")  # parts of a key that hide nothing
 S3_OF_OTHERS = ("s3a", "s3n")  # Hadoop's words for it, which fsspec knows, too: it would be used with other settings
+NO_PLACES = ("blockcache", "cached", "data", "filecache", "simplecache")  # fsspec's caches of others; bytes in a URI
 NEARLY = ("s3:", "file:")  # how mistyped URIs begin, which would be folders of such names here
 BLOCK = 8 * 2**20  # bytes of a request for a part of a large file
 CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".png": "image/png"}  # browsers show them, and save others
-
-Listed = tuple[str, int, str]
-"""Name, bytes and what changes with the file"""
 
 
 @dataclass(frozen=True)
@@ -271,63 +268,28 @@ class Store:
 
     def linked_folders(self) -> Iterator[str]:
         """Names of the links to local folders elsewhere, sorted, hidden ones left out: what `list` does not follow."""
-        waiting = [self.uri] if self.is_local else []  # not os.walk, whose calls lie as deep as the folders
-        while waiting:
-            with suppress(OSError), os.scandir(waiting.pop()) as entries:  # `list` tells what cannot be looked into
-                folders = sorted(each.path for each in entries if _is_folder(each) and not each.name.startswith("."))
-                yield from (os.path.relpath(path, self.path) for path in folders if self._leads_out(path))
-                waiting += [path for path in reversed(folders) if not os.path.islink(path)]
-
-    def _leads_out(self, path: str) -> bool:
-        """Whether a path is a link to a local folder that is not below this one."""
-        if not self.is_local or not (os.path.islink(path) and os.path.isdir(path)):
-            return False
-        return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.path))
+        return linked_folders(self.uri) if self.is_local else iter(())
 
     def entries(self, suffixes: tuple[str, ...] = (), *, hidden: bool = False) -> Iterator[tuple[str, int]]:
         """Names as in `list`, each with its bytes; with the hidden ones where they are wanted."""
-        return (each[:2] for each in _fitting(self._walk(), suffixes, hidden=hidden))
+        return (each[:2] for each in fitting(self._walk(), suffixes, hidden=hidden))
 
     def files(self) -> Iterator[tuple[str, int]]:
         """Entries of this very folder: those below may be many, or others' that cannot be listed."""
-        return (each[:2] for each in _fitting(self._walk(below=False), (), hidden=False))
+        return (each[:2] for each in fitting(self._walk(below=False), (), hidden=False))
 
     def versions(self, suffixes: tuple[str, ...] = (), *, follow_links: bool = False) -> Iterator[tuple[str, str]]:
         """Names as in `list`, each with what changes as its file does, so far as the listing knows: its bytes, and on
         disk its time, on S3 its ETag. With `follow_links` local folders elsewhere that links lead to are listed, too,
         each once."""
-        listed = _fitting(self._walk(set[str]() if follow_links and self.is_local else None), suffixes, hidden=False)
+        listed = fitting(self._walk(follow_links=follow_links and self.is_local), suffixes, hidden=False)
         return ((name, f"{size} {change}") for name, size, change in listed)
 
-    def _walk(self, seen: set[str] | None = None, *, below: bool = True) -> Iterator[Listed]:
-        """All files. `seen`, where links are followed: the folders so far, so that none is listed twice or for ever."""
+    def _walk(self, *, below: bool = True, follow_links: bool = False) -> Iterator[Listed]:
+        """All files; of this very folder alone where `below` is false."""
         if self.uri.startswith("s3://"):
-            yield from s3_objects.listed(self._root, below=below)
-            return
-        levels = [self._list_folder("", seen)]  # in a list: folders may lie deeper than calls can
-        while levels:
-            name, found = next(levels[-1], ("", None))
-            if found is None:
-                levels.pop()
-            elif found["type"] != "directory" and not (seen is not None and self._leads_out(f"{self._root}/{name}")):
-                change = next((found[key] for key in CHANGES if found.get(key)), "")
-                yield name, int(found["size"] or 0), str(change)
-            elif below:
-                levels.append(self._list_folder(f"{name}/", seen))
-
-    def _list_folder(self, folder: str, seen: set[str] | None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What is in one folder, by its names, sorted."""
-        path = f"{self._root}/{folder}".rstrip("/")
-        if seen is not None and os.path.realpath(path) in seen:
-            return
-        with plain_errors(f"{self.uri}/{folder}".rstrip("/")):
-            if not self._fs.isdir(path):
-                return
-            entries = self._fs.ls(path, detail=True)
-        if seen is not None:
-            seen.add(os.path.realpath(path))
-        found = {each["name"].rstrip("/").rsplit("/", 1)[-1]: each for each in entries}
-        yield from ((f"{folder}{name}", found[name]) for name in sorted(found))
+            return s3_objects.listed(self._root, below=below)
+        return iter(Walk(self._fs, self._root, self.uri, below=below, follow_links=follow_links))
 
     def check_answers(self) -> Store:
         """This store, if its endpoint answers and takes the credentials, whether or not the folder is there. An S3
@@ -365,6 +327,8 @@ def open_store(uri: str) -> Store:
         raise ValueError("a URI must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     if not rest.strip("/"):
         raise ValueError(f"{uri!r} names no bucket: write {scheme}://bucket/prefix")
+    if scheme in NO_PLACES:
+        raise ValueError(f"{uri!r}: there are no files at {scheme}:// itself: use a local path or s3://bucket/prefix")
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:
@@ -381,21 +345,6 @@ def _local_store(path: str) -> Store:
         return Store(str(Path(path).expanduser().absolute()))
     except RuntimeError:
         raise ValueError(f"{path!r} is no folder: there is no such user's home") from None
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Or a link to one. Not what leads to itself, or has just gone."""
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def _fitting(walk: Iterator[Listed], suffixes: tuple[str, ...], *, hidden: bool) -> Iterator[Listed]:
-    for name, size, change in walk:
-        left_out = not hidden and any(part.startswith(".") and part not in LEADING for part in name.split("/"))
-        if not left_out and (not suffixes or name.lower().endswith(suffixes)):
-            yield name, size, change
 
 
 def split_uri(uri: str) -> tuple[Store, str]:

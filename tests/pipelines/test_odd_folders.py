@@ -14,7 +14,8 @@ from pipelines import verify as verify_module
 from pipelines.build import prepare
 from pipelines.config import BuildConfig
 from pipelines.inspect import summarize
-from pipelines.storage import Store, open_store
+from pipelines.listing import Walk
+from pipelines.storage import open_store
 from pipelines.toy import make_toy_data
 from pipelines.verify import verify
 
@@ -87,14 +88,14 @@ def test_only_the_folder_itself_is_looked_at(config: BuildConfig, monkeypatch: p
     """A folder below may be another's, such as a disk's lost+found, or hold millions of files."""
     shutil.rmtree(config.out)
     Path(config.out, "lost+found").mkdir(parents=True)
-    listed = Store._list_folder
+    listed = Walk._list_folder
 
-    def refusing(self: Store, folder: str, seen: set[str] | None) -> object:
+    def refusing(self: Walk, folder: str, seen: set[str]) -> object:
         if "lost+found" in folder:
             raise PermissionError(folder)
         return listed(self, folder, seen)
 
-    monkeypatch.setattr(Store, "_list_folder", refusing)
+    monkeypatch.setattr(Walk, "_list_folder", refusing)
     assert build_here(config).shards_made == 2
     assert not prepare(config).missing
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
 import time
 import tracemalloc
 from functools import partial
@@ -144,6 +145,8 @@ def test_s3_by_the_names_that_hadoop_has_for_it(scheme: str) -> None:
     ("uri", "message"),
     [
         ("ftq://host/x", "unknown scheme 'ftq'"),
+        ("data://x/y", "there are no files at data:// itself"),
+        ("simplecache://x/y", "there are no files at simplecache:// itself"),
         ("s3://", "names no bucket"),
         ("s3://key:secret@bucket/x", "must not hold credentials"),
         ("s3://key:secret/more@bucket/x", "must not hold credentials"),
@@ -243,8 +246,12 @@ def test_what_is_tried_again_is_not_tried_again_by_others(
                 proxy.seen.clear()
 
 
-def test_links_are_found_in_folders_of_any_depth_and_among_links_to_themselves(tmp_path: Path) -> None:
+def test_links_are_found_in_folders_of_any_depth_and_among_links_to_themselves(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    # pytest's own removal calls itself for each of them
+    request.addfinalizer(lambda: subprocess.run(["rm", "-rf", images], check=True))
     elsewhere.mkdir()
     images.mkdir()
     deepest = images
