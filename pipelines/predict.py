@@ -25,6 +25,7 @@ from ray.data import ActorPoolStrategy, DataContext
 
 from mrcnn.model import MaskRCNN
 from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE
+from pipelines.attempts import begin_or_explain, count_attempts
 from pipelines.inputs import Chunk, Input, Reader
 from pipelines.manifest import check_sum
 from pipelines.predict_folder import (
@@ -42,7 +43,7 @@ from pipelines.records import Reject
 from pipelines.stages import WAITING, Stopwatch
 from pipelines.storage import Store
 from pipelines.tally import tally_part
-from pipelines.tasks import begin_or_explain, checked, count_attempts, failing_in_words
+from pipelines.tasks import checked, failing_in_words
 from pipelines.transforms import allow_pixels
 
 SCHEMA_VERSION = 5  # of the folder; 4: rows in groups, and names of lists and shards; 5: the manifest has tallies

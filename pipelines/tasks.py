@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -12,16 +12,14 @@ import ray
 import ray.data
 from ray.data import DataContext
 
+from pipelines.attempts import Task, begin_or_explain, count_attempts
 from pipelines.prefetch import batched
 
 AHEAD = 64  # tasks a CPU is given at once: what the driver holds a second time, and Ray's object store a third
-TRIES = 4  # of a task whose process dies
 TOGETHER = 16  # tasks that one process does without a pause, at most
 FAILURES: dict[str, type[Exception]] = {
     error.__name__: error for error in (PermissionError, FileNotFoundError, ValueError, RuntimeError)
 }
-
-Task = dict[str, Any]
 
 
 def run_tasks(function: Callable[[Task], Task], tasks: Iterable[Task]) -> Iterator[Task]:
@@ -59,58 +57,12 @@ def _together(tasks: Sequence[Task], cpus: int) -> Iterator[Sequence[Task]]:
         start = end
 
 
-def count_attempts(remembered: int = 0) -> Any:
-    """Handle of a new `_Attempts`, for `begin_or_explain`. It counts anew if its node dies."""
-    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Attempts).remote(remembered)
-
-
-class _Attempts:
-    """Actor: how often each task was begun, and what so many of the last ones ended with. After the first that failed,
-    all that begin end with its failure.
-
-    Ray Data itself tries for ever a task whose process dies, as a file may make it that crashes its decoder; and it
-    then repeats those that the process has done together with it.
-    """
-
-    def __init__(self, remembered: int) -> None:
-        self._begun: Counter[str] = Counter()
-        self._ended: dict[str, Task] = {}
-        self._remembered = remembered
-        self._failure: Task | None = None
-
-    def begin(self, name: str) -> tuple[int, Task | None]:
-        if self._failure or name in self._ended:
-            return 0, self._failure or self._ended[name]
-        self._begun[name] += 1
-        return self._begun[name], None
-
-    def end(self, name: str, result: Task) -> None:
-        if result["failure"]:
-            self._failure = self._failure or result
-        self._ended[name] = result
-        if len(self._ended) > self._remembered:
-            del self._ended[next(iter(self._ended))]
-
-
 def _run_counted(task: Task, *, function: Callable[[Task], Task], attempts: Any) -> Task:
     result = begin_or_explain(attempts, task["name"])
     if result is None:
         result = function(task)
     attempts.end.remote(task["name"], result)
     return result
-
-
-def begin_or_explain(attempts: Any, name: str) -> Task | None:
-    """Count that a task of this name begins. What it returns at once instead: its result, where it has ended; why it
-    fails, where it has begun too often or another has failed."""
-    count, result = ray.get(attempts.begin.remote(name))
-    if result is not None or count <= TRIES:
-        return result
-    message = (
-        f"{name}: its process died {TRIES} times: memory is short, or a file of it crashes its decoder (see "
-        "the logs of Ray). What is finished is kept, the same command goes on"
-    )
-    return {"failure": RuntimeError.__name__, "message": message}
 
 
 def checked(row: Task) -> Task:

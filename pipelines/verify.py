@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from mrcnn.structures import Category
 from pipelines.accounts import REJECTED_ANNOTATIONS_FILE, REJECTS_FILE
+from pipelines.attempts import Task
 from pipelines.manifest import FILE_NAME, Manifest, ShardInfo, Totals, reject_list
 from pipelines.records import REJECTED_ANNOTATIONS, REJECTS, Stage
 from pipelines.schema import SHARD
 from pipelines.shards import UNREADABLE, checksum, portrait_bits
 from pipelines.storage import Store, open_store
-from pipelines.tasks import Task, failing_in_words, run_tasks
+from pipelines.tasks import failing_in_words, run_tasks
 from pipelines.verify_rows import row_faults
 
 FAULTS_TOLD = 5  # of a shard; one damaged shard may have a fault in every row

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
+from pipelines.attempts import Task
 from pipelines.build import BuildSummary, build
 from pipelines.config import BuildConfig
-from pipelines.tasks import Task, checked
+from pipelines.tasks import checked
 
 
 def run_inline(function: Callable[[Task], Task], tasks: Iterable[Task]) -> Iterator[Task]:

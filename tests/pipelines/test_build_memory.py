@@ -18,8 +18,9 @@ from inline import run_inline
 
 from pipelines import build as build_module
 from pipelines import tasks as tasks_module
+from pipelines.attempts import TRIES, Task
 from pipelines.build import BuildConfig, build, prepare
-from pipelines.tasks import TRIES, Task, _together, failing_in_words, run_tasks
+from pipelines.tasks import _together, failing_in_words, run_tasks
 from pipelines.toy import make_toy_data
 
 STORE_BYTES = 80 * 2**20
