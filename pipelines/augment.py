@@ -99,5 +99,7 @@ def network_size(row: Row, network_input: InputConfig) -> tuple[int, int]:
 def resize_row(row: Row, size: tuple[int, int], resize: Resize) -> Row:
     """The row with its image and instances at another size; unchanged if it is of that size. Masks are resized, too:
     see `scale_instances`."""
+    if size == row.size:
+        return row
     instances = scale_instances(row.instances, Scaling(row.size, size))
     return replace(row, image=resize_image(row.image, *size, resize), instances=instances)

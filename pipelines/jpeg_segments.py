@@ -6,7 +6,8 @@ import re
 import struct
 from dataclasses import dataclass
 
-EXIF = b"Exif\0\0"
+EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
+TURNED = b"Orientation"  # a word of XMP
 SCAN, END = 0xDA, 0xD9  # kinds of segments
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
@@ -18,26 +19,28 @@ MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # among a scan's bytes are
 class JpegHeader:
     """What stands before the first scan."""
 
-    may_have_exif: bool
+    may_be_turned: bool
+    """By its EXIF or XMP"""
     may_have_scans: bool
     """After the first"""
 
 
 def read_header(data: bytes) -> JpegHeader:
     """Read the segments before the first scan alone: to search all bytes is a twentieth of the work of decoding them.
-    Where they are not in plain order, EXIF's name may be anywhere, and scans may be many."""
-    at, exif, frame, components = 2, False, -1, 0  # behind the start of the image
+    Where they are not in plain order, EXIF and XMP may be anywhere, and scans may be many."""
+    at, turned, frame, components = 2, False, -1, 0  # behind the start of the image
     while at + 4 <= len(data):
         begin, kind, length = struct.unpack_from(">BBH", data, at)
         if begin != 0xFF or kind not in WITH_LENGTH or length < 2:
             break
         if kind == SCAN:  # the first of a progressive image has some of its bits, else it may have some of its colours
-            return JpegHeader(exif, frame in PROGRESSIVE or data[at + 4 : at + 5] != bytes([components]))
+            return JpegHeader(turned, frame in PROGRESSIVE or data[at + 4 : at + 5] != bytes([components]))
         if kind in FRAMES and at + 9 < len(data):
             frame, components = kind, data[at + 9]
-        exif = exif or data.startswith(EXIF, at + 4)
+        if data.startswith(EXIF, at + 4) or (data.startswith(XMP, at + 4) and TURNED in data[at : at + 2 + length]):
+            turned = True
         at += 2 + length
-    return JpegHeader(exif or EXIF in data, may_have_scans=True)
+    return JpegHeader(turned or EXIF in data or TURNED in data, may_have_scans=True)
 
 
 def has_more_scans(data: bytes, most: int) -> bool:

@@ -25,7 +25,8 @@ class Tiling:
     overlap: int = 0
     """By which neighbours overlap, at least"""
     min_share: float = 0.0
-    """Of an object's pixels that a tile must show to have it"""
+    """Of an object's pixels that a tile must show to have it; or of the tile's own that the object must cover, for
+    the background of no tile is what fills it"""
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Part:
     numbers: list[int] = field(default_factory=list)
     """Their places among the image's instances"""
     dropped: int = 0
-    """Objects of which it shows something, but less than the share"""
+    """Objects of which it shows something, but too little"""
 
 
 def windows(size: tuple[int, int], tiling: Tiling) -> list[Window]:
@@ -100,18 +101,24 @@ def _overlap(box: Sequence[float], window: Window) -> tuple[float, float]:
 
 
 def _cut_mask(instance: Instance, mask: Ends, window: Window, height: int) -> tuple[float, Instance] | None:
-    """Share of the mask that a window shows, and the instance in it; None where it shows nothing."""
+    """Share of the mask that a window shows, of what it could, and the instance in it; None where it shows nothing."""
     shown = crop_ends(mask, height, window)
     box = box_from_ends(shown, window.height)
     if box is None:
         return None
-    share = pixels_in(shown) / pixels_in(mask)
-    if share == 1:
-        return share, _moved(instance, shown, window)
+    seen, whole = pixels_in(shown), pixels_in(mask)
+    if seen == whole:
+        return 1.0, _moved(instance, shown, window)
     segmentation = {"polygons": None, "rle": rle_of(shown, (window.height, window.width))}
-    area = instance["area"] * share
+    area = instance["area"] * seen / whole
     points = instance["keypoints"] and _keypoints(instance["keypoints"], window)
-    return share, {**instance, "box": box, "area": area, "segmentation": segmentation, "keypoints": points}
+    cut = {**instance, "box": box, "area": area, "segmentation": segmentation, "keypoints": points}
+    return _share(seen, whole, window), cut
+
+
+def _share(seen: float, whole: float, window: Window) -> float:
+    """Of the pixels of an object that a window could show, for it may be larger than the window."""
+    return seen / min(whole, window.height * window.width)
 
 
 def _moved(instance: Instance, shown: Ends, window: Window) -> Instance:
@@ -122,24 +129,25 @@ def _moved(instance: Instance, shown: Ends, window: Window) -> Instance:
 
 
 def _moved_segmentation(segmentation: dict[str, Any], shown: Ends, window: Window) -> dict[str, Any]:
-    """Polygons that leave the image, and so the window by more of its sides than a row may have, become run lengths."""
+    """With the pixels that the window shows, for moved polygons may be drawn otherwise. Polygons that leave the image,
+    and so the window by more of its sides than a row may have, are left out."""
     size, corner, polygons = (window.height, window.width), [window.x, window.y], segmentation["polygons"]
     moved = polygons and [(np.reshape(each, (-1, 2)) - corner).ravel().tolist() for each in polygons]
     if moved and any(lies_far(each, size) for each in moved):
-        return {"polygons": None, "rle": rle_of(shown, size)}
-    return {"polygons": moved, "rle": segmentation["rle"] and rle_of(shown, size)}
+        moved = None
+    return {"polygons": moved, "rle": rle_of(shown, size)}
 
 
 def _cut_box(instance: Instance, mask: Ends, window: Window, height: int) -> tuple[float, Instance]:
     """The same for an instance without a mask, or whose polygons are too thin to cover a pixel: by its box."""
     box, (left, top, right, bottom) = _clipped(instance["box"], window), instance["box"]
     shown = _overlap(instance["box"], window)
-    share = shown[0] * shown[1] / ((right - left) * (bottom - top))
-    if share == 1:
-        return share, _moved(instance, crop_ends(mask, height, window), window)
+    seen, whole = shown[0] * shown[1], (right - left) * (bottom - top)
+    if seen == whole:
+        return 1.0, _moved(instance, crop_ends(mask, height, window), window)
     points = instance["keypoints"] and _keypoints(instance["keypoints"], window)
-    cut = {**instance, "box": box, "area": instance["area"] * share, "segmentation": None, "keypoints": points}
-    return share, cut
+    cut = {**instance, "box": box, "area": instance["area"] * seen / whole, "segmentation": None, "keypoints": points}
+    return _share(seen, whole, window), cut
 
 
 def _clipped(box: Sequence[float], window: Window) -> list[float]:
@@ -150,6 +158,6 @@ def _clipped(box: Sequence[float], window: Window) -> list[float]:
 def _keypoints(keypoints: Sequence[float], window: Window) -> list[float]:
     """x, y, visibility for each, as pixel numbers; those outside are no longer labelled."""
     points: NDArray[np.float64] = np.reshape(keypoints, (-1, 3)) - [window.x, window.y, 0]
-    low, high = points[:, :2] + 0.5 > 0, points[:, :2] + 0.5 < [window.width, window.height]
+    low, high = points[:, :2] + 0.5 >= 0, points[:, :2] + 0.5 < [window.width, window.height]
     inside = (low & high).all(axis=1)
     return np.where((inside & (points[:, 2] > 0))[:, None], points, 0.0).ravel().tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,12 +19,16 @@ from pipelines.jpeg_segments import has_more_scans, read_header
 
 Pixels = NDArray[np.uint8]
 
-PIXELS_VERSION = 2  # raised where the same file gives other pixels: a build does not mix shards of before and after
+PIXELS_VERSION = (
+    3  # raised where the same file gives other pixels or masks: a build does not mix shards of before and after
+)
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
 ORIENTATION = 0x0112  # EXIF tag
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 WHITE_IS_ZERO = 0
 PNG_BITS = 24  # the byte that says how many a sample has
+TGA_BITS_AND_DESCRIPTION = 16, 17  # bytes: how many a pixel has, how many of these are alpha
+TIFF, BIG_TIFF = (b"II*\0", b"MM\0*", b"II+\0"), b"MM\0+"  # how they begin
 MAX_SCANS = 100  # of a JPEG, as libtiff has it: cameras and tools make a dozen; each takes as long as a whole image
 JPEG_QUALITY = 95
 MAX_SIDE: dict[Encoding, int] = {"jpeg": 65_500, "png": 1_000_000}  # libjpeg's and libpng's bounds
@@ -61,7 +66,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
         raise DecodeError(f"decompression bomb: a JPEG of more than {MAX_SCANS} scans")
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(height, width, max_pixels)
+        check_size(height, width, max_pixels)
         if colorspace not in ("YCbCr", "RGB", "Gray"):
             return None
         image = simplejpeg.decode_jpeg(data, colorspace="RGB")
@@ -69,18 +74,28 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
         raise
     except (ValueError, KeyError):
         return None
-    return _upright(image, data) if header.may_have_exif else image
+    return _upright(image, data) if header.may_be_turned else image
 
 
 def _upright(image: Pixels, data: bytes) -> Pixels:
     try:
         with Image.open(io.BytesIO(data)) as header:
-            orientation = header.getexif().get(ORIENTATION, 1)
+            orientation = _orientation(header)
     except MemoryError:
         raise
-    except Exception:  # as in _decode_any; unreadable EXIF is no EXIF
+    except Exception:  # as in _decode_any
         return image
     return _turned(image, orientation)
+
+
+def _orientation(image: Image.Image) -> int:
+    """By its EXIF, or where that does not tell, by its XMP. Unreadable EXIF is no EXIF."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception:  # struct.error, SyntaxError, ...
+        return 1
 
 
 def _turned(image: Pixels, orientation: int) -> Pixels:
@@ -107,15 +122,14 @@ def open_image(data: bytes) -> Image.Image:
 
 def _decode_any(data: bytes, max_pixels: int) -> Pixels:
     try:
-        with open_image(data) as image:
-            _check_size(image.height, image.width, max_pixels)
-            frame = image.tile[0].extents if isinstance(image, GifImageFile) else None
-            image.load()
-            orientation = image.getexif().get(ORIENTATION, 1)  # after load(), which itself turns a TIFF
-            _spread_hidden_gray(image, data)
-            pixels = _from_deep_png(data) if _is_deep_png(image, data) else _to_rgb(image)
-            if frame is not None and frame != (0, 0, *image.size):
-                pixels = _alone_in_white(pixels, frame)
+        try:
+            if data.startswith(BIG_TIFF):  # Pillow warns, and then says that it does not know them
+                return _decode_tiff(data, max_pixels)
+            return _decode_with_pillow(data, max_pixels)
+        except UnidentifiedImageError:
+            if not data.startswith(TIFF):
+                raise
+            return _decode_tiff(data, max_pixels)
     except UnidentifiedImageError:
         raise DecodeError("not an image of a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -124,7 +138,34 @@ def _decode_any(data: bytes, max_pixels: int) -> Pixels:
         raise
     except Exception as error:  # Pillow's plug-ins raise whatever: RuntimeError, struct.error, zlib.error, ...
         raise DecodeError(f"damaged image: {error}") from None
+
+
+def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
+    with open_image(data) as image:
+        check_size(image.height, image.width, max_pixels)
+        if isinstance(image, TiffImageFile) and image.tile[0].codec_name == "raw":
+            from pipelines.tiff import is_mistaken
+
+            if is_mistaken(image):
+                return _decode_tiff(data, max_pixels)
+        frame = image.tile[0].extents if isinstance(image, GifImageFile) else None
+        image.load()
+        orientation = _orientation(image)  # after load(), which itself turns a TIFF
+        _spread_hidden_gray(image, data)
+        if _is_deep_png(image, data):
+            pixels = _from_deep_png(data)
+        else:
+            pixels = _to_rgb(image.convert("RGB") if _has_no_alpha(image, data) else image)
+        if frame is not None and frame != (0, 0, *image.size):
+            pixels = _alone_in_white(pixels, frame)
     return _turned(pixels, orientation)
+
+
+def _decode_tiff(data: bytes, max_pixels: int) -> Pixels:
+    from pipelines.tiff import open_tiff  # seldom needed
+
+    image, orientation = open_tiff(data, max_pixels)
+    return _turned(_to_rgb(image), orientation)
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
@@ -145,14 +186,25 @@ def _from_deep_gray(image: Image.Image) -> Pixels:
     bits, kind = (int(tags.get(tag, (default,))[0]) for tag, default in ((BITS, 16), (SAMPLE_FORMAT, 1)))
     if bits == 32 and kind == 1:
         gray = gray.view(np.uint32)
-    fits = bits <= 16 or gray.max(initial=0) <= 65535
-    top = 2 ** min(bits, 16) - 1 if fits else np.iinfo(gray.dtype).max
-    eight = np.clip(np.rint(gray * (255.0 / top)), 0, 255).astype(np.uint8)
+    eight = eight_bits_of_gray(gray, bits)
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         eight = 255 - eight
     if (hidden := image.info.get("transparency")) is not None:
         eight[gray == hidden] = 255
     return np.repeat(eight[..., None], 3, axis=2)
+
+
+def eight_bits_of_gray(gray: NDArray[Any], bits: int) -> Pixels:
+    """Numbers of so many bits, rounded to 8; of 32 bits only 16 are meant where all values fit into them."""
+    fits = bits <= 16 or gray.max(initial=0) <= 65535
+    top = 2 ** min(bits, 16) - 1 if fits else np.iinfo(gray.dtype).max
+    return np.clip(np.rint(gray * (255.0 / top)), 0, 255).astype(np.uint8)
+
+
+def _has_no_alpha(image: Image.Image, data: bytes) -> bool:
+    """Of a TGA whose pixels have 16 bits, or 32 of which it says that none are alpha: Pillow takes them for that."""
+    bits, described = TGA_BITS_AND_DESCRIPTION
+    return image.format == "TGA" and image.mode == "RGBA" and (data[bits] == 16 or data[described] & 15 == 0)
 
 
 def _spread_hidden_gray(image: Image.Image, data: bytes) -> None:
@@ -183,7 +235,8 @@ def _from_deep_png(data: bytes) -> Pixels:
     return rgb
 
 
-def _check_size(height: int, width: int, max_pixels: int) -> None:
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Raise DecodeError for an image of more pixels than are allowed."""
     if height * width > max_pixels:
         raise DecodeError(f"decompression bomb: {width} x {height} pixels, the bound is {max_pixels}")
 

@@ -126,6 +126,8 @@ def _polygons(value: list[Any], size: tuple[int, int]) -> list[list[float]]:
     found, area, outline = [], 0.0, 0.0
     for each in value:
         numbers = _numbers(each, "polygon")
+        if len(numbers) < 6 and len(numbers) % 2 == 0 and len(value) > 1:
+            continue  # a point or a line beside others encloses nothing
         if len(numbers) < 6 or len(numbers) % 2:
             raise AnnotationError(f"polygon has fewer than three points or an odd count: {len(numbers)} numbers")
         if lies_far(numbers, size):

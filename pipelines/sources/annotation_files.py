@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from mrcnn.structures import Category
 from pipelines.records import SourceError
-from pipelines.transforms import open_image
+from pipelines.transforms import PNG_BITS, open_image
 
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # one number a pixel: of a palette, its index
 
@@ -50,6 +50,7 @@ def _is_finite(value: Any) -> bool:
 
 def check_size(height: Any, width: Any, what: str = "annotation file") -> tuple[int, int]:
     """The size of an image as its annotations state it. Raises SourceError where it is none, or a bomb."""
+    height, width = (int(side) if isinstance(side, float) and side.is_integer() else side for side in (height, width))
     if not all(isinstance(side, int) and side > 0 for side in (height, width)):
         raise SourceError(f"{what} states no size: {width!r} x {height!r}")
     bound = Image.MAX_IMAGE_PIXELS or math.inf  # that of the images, see transforms.allow_pixels
@@ -65,7 +66,9 @@ def decode_ids(data: bytes, what: str = "annotation file") -> Ids:
             check_size(image.height, image.width, what)
             if image.mode not in ID_MODES:
                 raise SourceError(f"{what} is no image of ids: its pixels are {image.mode}")
-            return np.asarray(image).astype(np.int32)
+            ids = np.asarray(image).astype(np.int32)
+            spread = 255 // (2 ** data[PNG_BITS] - 1) if image.format == "PNG" and image.mode == "L" else 1
+            return ids // spread  # which Pillow makes of 2 and 4 bits
     except (SourceError, MemoryError):  # which is not the file's fault
         raise
     except UnidentifiedImageError:  # whose message differs each time

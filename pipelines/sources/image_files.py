@@ -26,6 +26,7 @@ from pipelines.storage import Store, open_store, read_uri, split_uri
 from pipelines.storage_errors import plain_errors, without_secrets
 
 LISTED_TWICE = "listed twice"
+LOCAL = "file://"
 
 
 @dataclass(frozen=True)
@@ -108,17 +109,17 @@ def no_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequence
 
 
 def _read_list(uri: str) -> SourceData:
-    names: dict[str, None] = {}  # in order
+    names: dict[str, str] = {}  # in order, by what is read
     rejects: list[Reject] = []
     for full, fault in listed_files(uri):
-        if full in names:
+        if full.removeprefix(LOCAL) in names:
             fault = LISTED_TWICE
         if fault is None:
-            names[full] = None
+            names[full.removeprefix(LOCAL)] = full
         else:
             rejects.append(Reject(printable(without_secrets(full)), None, "source", fault))
     store, name = split_uri(uri)
-    return named_images(ListedImages(f"{store.uri}/{name}"), list(names), rejects=rejects)
+    return named_images(ListedImages(f"{store.uri}/{name}"), [*names.values()], rejects=rejects)
 
 
 def listed_files(uri: str) -> Iterator[tuple[str, str | None]]:

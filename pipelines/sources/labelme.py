@@ -135,8 +135,8 @@ def _with_image(found: Objects, record: ImageRecord, content: dict[str, Any]) ->
 
 def _base64(data: Any, what: str) -> bytes:
     """No bytes where there is no text. Raises SourceError."""
-    try:
-        return base64.b64decode(data, validate=True) if isinstance(data, str) else b""
+    try:  # lines, as MIME has them, are no fault
+        return base64.b64decode("".join(data.split()), validate=True) if isinstance(data, str) else b""
     except (binascii.Error, ValueError) as error:
         raise SourceError(f"{what} is not base64: {error}") from None
 

@@ -136,6 +136,21 @@ def test_masks_are_shapes(tmp_path: Path) -> None:
     assert row.instances[1]["box"] == [2, 2, 32, 24]
 
 
+def test_base64_may_have_lines_and_sizes_a_point(tmp_path: Path) -> None:
+    """As MIME encoders write the one, and programs whose numbers are all alike the other."""
+    bitmap = np.ones((2, 3))
+    lines = base64.encodebytes(base64.b64decode(mask_shape(bitmap, 4, 5)["mask"])).decode()
+    assert "\n" in lines
+    write(tmp_path / "data", "a", [{**mask_shape(bitmap, 4, 5), "mask": lines}], imageHeight=24.0, imageWidth=32.0)
+    red = base64.encodebytes(write_image(tmp_path / "red.png", value=200).read_bytes()).decode()
+    write(tmp_path / "data", "inside", [shape()], image=None, imageData=red)
+    write(tmp_path / "data", "half", [shape()], imageHeight=24.5)
+    made = labelme(tmp_path)
+    assert [Path(row.uri).name for row in made.rows] == ["a.png", "inside.json"]
+    assert masks(made.rows[0])[0].sum() == 6
+    assert made.rejects == {"half.png": "source: annotation file states no size: 32 x 24.5"}
+
+
 def test_masks_that_cannot_be_used_are_rejected_alone(tmp_path: Path) -> None:
     good, other = mask_shape(np.ones((2, 3)), 4, 5), mask_shape(np.ones((3, 3)), 4, 5)
     shapes = [

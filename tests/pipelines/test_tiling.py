@@ -134,11 +134,44 @@ def test_objects_are_where_enough_of_them_shows(cut: list[Part]) -> None:
         for number, each in enumerate(ANNOTATIONS):
             whole = drawn(each["segmentation"])
             shown = whole[window.y : window.y + window.height, window.x : window.x + window.width]
-            share = shown.sum() / whole.sum()
+            share = shown.sum() / min(whole.sum(), shown.size)
             assert (number in part.numbers) == (share >= TILING.min_share)
             dropped += 0 < share < TILING.min_share
         assert part.dropped == dropped
     assert sum(part.dropped for part in cut) > 0
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_fills_tiles_is_in_them_however_large_it_is(masked: bool) -> None:
+    """It would be their background, as no tile shows a quarter of it."""
+    size = (1000, 1000)
+    box = [100, 100, 900, 900]
+    given = {"label": 1, "category_id": 3, "bbox": [100, 100, 800, 800], "segmentation": [rectangle(*box)]}
+    large = to_instance(given if masked else {**given, "segmentation": None}, size)
+    for part in parts(size, [large], Tiling(side=100, overlap=0, min_share=0.25)):
+        inside = 100 <= part.window.x < 900 and 100 <= part.window.y < 900
+        assert part.numbers == ([0] if inside else [])
+        if inside:
+            assert part.instances[0]["box"] == [0, 0, 100, 100]
+            assert part.instances[0]["area"] == pytest.approx(100 * 100)
+    first, *_ = parts(size, [large], Tiling(side=140, overlap=0, min_share=0.25))
+    assert (first.numbers, first.dropped) == ([], 1)  # of its pixels 40 x 40 are the object's
+
+
+def test_a_keypoint_on_an_edge_is_in_one_tile() -> None:
+    """Pixel numbers, so that half a pixel before pixel 100 is where it begins."""
+    (_, left), (_, right) = (
+        (part.window, part.instances[0]["keypoints"])
+        for part in parts((50, 200), [edged()], Tiling(side=100, overlap=0))
+    )
+    assert left == [0, 0, 0]
+    assert right == [-0.5, 10, 2]
+
+
+def edged() -> dict[str, Any]:
+    """An object of two tiles of 100 pixels with a keypoint between them."""
+    given = {"label": 1, "category_id": 3, "bbox": [50, 0, 100, 50], "keypoints": [99.5, 10, 2]}
+    return to_instance(given, (50, 200))
 
 
 def test_keypoints_outside_are_no_longer_labelled(cut: list[Part]) -> None:
@@ -219,7 +252,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(noise[:90, :120]).save(folder / "small.png")
     Image.fromarray(np.tile(noise[:100], (1, 4, 1))).save(folder / "wide.png")
     small = {"id": 20, "image_id": 8, "category_id": 3, "bbox": [1, 1, 50, 50], "area": 2500, "iscrowd": 0}
-    wide = {**small, "id": 30, "image_id": 9, "bbox": [0, 10, 1320, 50], "area": 66000}
+    wide = {**small, "id": 30, "image_id": 9, "bbox": [0, 10, 1320, 20], "area": 26400}
     images = [(7, "large", *SIZE), (8, "small", 90, 120), (9, "wide", 100, 1320)]
     content = {
         "images": [{"id": id_, "file_name": f"{n}.png", "height": h, "width": w} for id_, n, h, w in images],

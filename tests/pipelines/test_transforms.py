@@ -91,6 +91,75 @@ def test_exif_orientation(picture: Image.Image, orientation: int, format_: str) 
     assert_same(decode(data), UPRIGHT[orientation](plain), tolerance=1 if format_ == "JPEG" else 0)
 
 
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize(
+    ("format_", "exif", "turned"),
+    [
+        *((format_, *each) for format_ in ("JPEG", "PNG", "WEBP", "TIFF") for each in ((1, False), (8, True))),
+        *((format_, None, True) for format_ in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF")),
+    ],
+)
+def test_xmp_tells_the_orientation_where_exif_does_not(format_: str, exif: int | None, turned: bool) -> None:
+    """In all formats alike, as Pillow and Windows have it."""
+    options: dict[str, Any] = {}
+    if exif:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = exif
+    if format_ == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", XMP.decode())
+    elif format_ == "TIFF":
+        options["tiffinfo"] = {700: XMP} | ({274: exif} if exif else {})
+        options.pop("exif", None)
+    else:
+        options["xmp"] = XMP
+    image = Image.new("RGB", (30, 20), "red")
+    image.paste("blue", (0, 0, 15, 20))
+    shown = decode(saved(image, format_, **options))
+    assert shown.shape[:2] == ((30, 20) if turned else (20, 30))
+    blue = shown[2, 10] if exif != 8 else shown[-3, 10]
+    assert blue[2] > 200 > blue[0]
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("broken", [b"broken", b"MM\0*", b"II*\0\x08\0\0\0\xff\xff"])
+def test_unreadable_exif_is_none(picture: Image.Image, format_: str, broken: bytes) -> None:
+    options = {"lossless": True} if format_ == "WEBP" else {}
+    plain = decode(saved(picture, format_, **options))
+    np.testing.assert_array_equal(decode(saved(picture, format_, exif=b"Exif\0\0" + broken, **options)), plain)
+
+
+def tga_of(pixels: np.ndarray, bits: int, alpha_bits: int) -> bytes:
+    """(H, W) numbers of so many bits, of which it says that some are alpha; its first row is at the top."""
+    height, width = pixels.shape
+    head = struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, width, height, bits, 0x20 | alpha_bits)
+    return head + pixels.astype(f"<u{bits // 8}").tobytes()
+
+
+def test_bits_of_a_tga_that_are_no_alpha() -> None:
+    red, green = 0x00FF0000, 0x0000FF00
+    picture = np.array([[red, green, green]])
+    shown = np.array([[[255, 0, 0], [0, 255, 0], [0, 255, 0]]])
+    np.testing.assert_array_equal(decode(tga_of(picture, 32, 0)), shown)  # else all would be seen through
+    np.testing.assert_array_equal(decode(tga_of(picture | 0xFF000000, 32, 8)), shown)
+    half = decode(tga_of(picture | 0x80000000, 32, 8))[0]
+    np.testing.assert_allclose(half, [[255, 127, 127], [127, 255, 127], [127, 255, 127]], atol=1)
+    small = np.array([[0x7C00, 0x03E0, 0x03E0]])
+    for high in (0, 0x8000):
+        for alpha_bits in (0, 1):
+            np.testing.assert_array_equal(decode(tga_of(small | high, 16, alpha_bits)), shown)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_ids_are_the_numbers_that_are_stored(bits: int) -> None:
+    """Pillow spreads those of 2 and 4 bits, which are gray to it, to 8."""
+    ids = np.arange(2 ** min(bits, 4)).reshape(-1, 2)
+    np.testing.assert_array_equal(decode_ids(png_of(ids, (0,), bits)), ids)
+
+
 def test_orientation_in_a_late_segment(picture: Image.Image) -> None:
     """Behind a colour profile of more than 64 kB."""
     exif = Image.Exif()
@@ -255,7 +324,7 @@ def test_no_bytes_of_pixels_are_searched_for_exif(picture: Image.Image) -> None:
 
     for options in ({}, {"progressive": True}, {"icc_profile": b"p" * 70_000}):
         header = read_header(Watched(saved(picture, "JPEG", **options)))
-        assert not header.may_have_exif
+        assert not header.may_be_turned
         assert header.may_have_scans == ("progressive" in options)
 
 

@@ -65,6 +65,21 @@ def test_polygons_without_area(polygon: list[float]) -> None:
     assert to_instance(annotation(segmentation=[polygon, square]), SIZE)["segmentation"]["polygons"][0] == polygon
 
 
+def test_parts_of_a_mask_that_enclose_nothing_are_left_out() -> None:
+    """Not the object, whose other parts do; a part that is no list of points is a fault of it all."""
+    square = [2, 1, 6, 1, 6, 4, 2, 4]
+    whole = to_instance(annotation(segmentation=[square]), SIZE)["segmentation"]
+    for others in ([[1, 1, 2, 2]], [[]], [[5, 5], []]):
+        for given in ([square, *others], [*others, square]):
+            assert to_instance(annotation(segmentation=given), SIZE)["segmentation"] == whole
+    for fault in ([1, 1, 2], [1, 1, 2, 2, 3, 3, 4], [1, float("nan"), 2, 2]):
+        with pytest.raises(AnnotationError):
+            to_instance(annotation(segmentation=[square, fault]), SIZE)
+    for only in ([[1, 1, 2, 2]], [[1, 1, 2, 2], [3, 3]]):
+        with pytest.raises(AnnotationError, match="polygon has"):
+            to_instance(annotation(segmentation=only), SIZE)
+
+
 def test_far_keypoints_count_where_they_are_labelled() -> None:
     to_instance(annotation(keypoints=[500.0, 500.0, 0, 5.0, 5.0, 2]), SIZE)
     with pytest.raises(AnnotationError, match="keypoint lies far outside"):

@@ -1,0 +1,127 @@
+"""TIFFs that Pillow does not know, or would make other pixels of, come out as what was written."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image, TiffImagePlugin
+
+from pipelines.transforms import DecodeError, decode
+
+ORDERS = [">", "<"]
+
+
+def written(pixels: NDArray[Any], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def eight() -> NDArray[np.uint8]:
+    """(13, 21, 4): no colour is another's, none is its own neighbour's."""
+    return np.random.default_rng(0).integers(0, 256, (13, 21, 4), np.uint8)
+
+
+def deep(eight: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """Of 16 bits, the lower half of them noise."""
+    return eight * np.uint16(256) + np.random.default_rng(1).integers(0, 256, eight.shape, np.uint16)
+
+
+def over_white(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8]) -> NDArray[np.float64]:
+    share = alpha[..., None] / 255
+    return rgb * share + 255 * (1 - share)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("more", [{}, {"rowsperstrip": 4}, {"tile": (16, 16)}, {"compression": "zlib"}])
+def test_deep_planes(eight: NDArray[np.uint8], order: str, more: dict[str, Any]) -> None:
+    planes = deep(eight).transpose(2, 0, 1)
+    rgb = decode(written(planes[:3], photometric="rgb", planarconfig="separate", byteorder=order, **more))
+    np.testing.assert_array_equal(rgb, eight[..., :3])
+    data = written(
+        planes, photometric="rgb", planarconfig="separate", byteorder=order, extrasamples=["unassalpha"], **more
+    )
+    assert abs(decode(data) - over_white(eight[..., :3], eight[..., 3])).max() <= 1
+    cmyk = decode(written(planes, photometric="separated", planarconfig="separate", byteorder=order, **more))
+    np.testing.assert_array_equal(cmyk, np.asarray(Image.fromarray(eight, "CMYK").convert("RGB")))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_deep_gray(eight: NDArray[np.uint8], order: str, bits: int, photometric: str) -> None:
+    values = eight[..., 0].astype(f"u{bits // 8}") * ((2**bits - 1) // 255)
+    image = decode(written(values, photometric=photometric, byteorder=order))
+    shown = eight[..., 0] if photometric == "minisblack" else 255 - eight[..., 0]
+    np.testing.assert_array_equal(image, np.repeat(shown[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_large_files_of_both_orders(eight: NDArray[np.uint8], order: str, compression: str | None) -> None:
+    """BigTIFF, of which Pillow knows one order. Its orientation is a tag as any other."""
+    options: dict[str, Any] = {"bigtiff": True, "byteorder": order, "compression": compression, "photometric": "rgb"}
+    np.testing.assert_array_equal(decode(written(eight[..., :3], **options)), eight[..., :3])
+    turned = decode(written(eight[..., :3], **options, extratags=[(274, 3, 1, 6, True)]))
+    np.testing.assert_array_equal(turned, np.rot90(eight[..., :3], -1))
+    bitmap = eight[..., 0] > 100
+    shown = decode(written(bitmap, **options | {"photometric": "minisblack"}))
+    np.testing.assert_array_equal(shown[..., 0] == 255, bitmap)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", ["unassalpha", "assocalpha", "unspecified"])
+def test_deep_gray_with_alpha_lies_over_white(eight: NDArray[np.uint8], order: str, kind: str) -> None:
+    gray, alpha = eight[..., 0], eight[..., 1] | 128
+    stored = np.uint8(gray * (alpha / 255)) if kind == "assocalpha" else gray
+    values = np.stack([stored, alpha], axis=2).astype(np.uint16) * 257
+    image = decode(written(values, photometric="minisblack", extrasamples=[kind], byteorder=order))
+    shown = gray if kind == "unspecified" else over_white(gray[..., None], alpha)[..., 0]
+    assert abs(image[..., 0] - shown.astype(float)).max() <= (0 if kind == "unspecified" else 3)
+
+
+def test_what_nobody_reads_is_a_reject_with_its_reason(eight: NDArray[np.uint8]) -> None:
+    for data, reason in (
+        (written(deep(eight)[..., :3], photometric="cielab"), "a TIFF of CIELAB with 3 samples, YXS, is not known"),
+        (written(np.float32(eight[..., :3]), photometric="rgb"), "pixels of the type float32 have no known range"),
+        (with_compression(written(eight[..., 0].astype(np.uint32), byteorder=">"), 5), "LZW compression is not known"),
+        (b"II+\0" + bytes(60), "damaged image"),
+    ):
+        with pytest.raises(DecodeError, match=reason):
+            decode(data)
+
+
+def with_compression(data: bytes, number: int) -> bytes:
+    """A big-endian TIFF that says that it is compressed in another way."""
+    plain = struct.pack(">HHIHH", 259, 3, 1, 1, 0)
+    assert data.count(plain) == 1
+    return data.replace(plain, struct.pack(">HHIHH", 259, 3, 1, number, 0))
+
+
+def test_subsampled_colours_without_compression_are_not_mistaken_for_others() -> None:
+    """Pillow takes four bytes of luminance and two of colour for two pixels."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[TiffImagePlugin.YCBCRSUBSAMPLING] = (2, 2)
+    buffer = io.BytesIO()
+    Image.new("YCbCr", (16, 16), (90, 100, 200)).save(buffer, "TIFF", tiffinfo=tags)
+    with pytest.raises(DecodeError, match="subsampled YCbCr without compression is not known"):
+        decode(buffer.getvalue())
+
+
+def test_the_bound_of_pixels_holds(eight: NDArray[np.uint8]) -> None:
+    data = written(eight[..., :3], photometric="rgb", bigtiff=True, byteorder=">")
+    assert decode(data, max_pixels=13 * 21).shape == (13, 21, 3)
+    with pytest.raises(DecodeError, match="decompression bomb: 21 x 13 pixels, the bound is 272"):
+        decode(data, max_pixels=13 * 21 - 1)
+    many = written(
+        np.zeros((13, 21, 17), np.uint8), photometric="rgb", planarconfig="contig", bigtiff=True, byteorder=">"
+    )
+    with pytest.raises(DecodeError, match="with 17 samples"):
+        decode(many)
