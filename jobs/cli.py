@@ -21,12 +21,13 @@ from jobs import commands
 from jobs.config import TrainConfig, TrainJob
 from jobs.config_file import config_uri, starting_point
 from jobs.job_commands import Submission, list_, logs, stop
-from jobs.output import shown, tell
+from jobs.output import tell
 from jobs.presets import PRESETS, Preset
 from jobs.stopping import Stopped
 from mrcnn.peer_names import Classes, Peer
 from pipelines.config import BuildConfig
 from pipelines.predict_options import PredictOptions, PredictRun
+from pipelines.text import shown
 
 DESCRIPTION = """Mask R-CNN on Ray: from images in an object store to masks.
 

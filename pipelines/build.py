@@ -39,6 +39,7 @@ from pipelines.sources.names import names_sha256, versions_sha256
 from pipelines.storage import Store, open_store
 from pipelines.storage_errors import without_secrets
 from pipelines.tasks import run_tasks
+from pipelines.text import shown_name
 from pipelines.tiling import Tiling
 from pipelines.transforms import PIXELS_VERSION
 
@@ -88,7 +89,7 @@ class BuildSummary:
         ):
             lines += [f"rejected {what}s: {count} x {reason}" for reason, count in reasons.items()]
         if self.passed_over:
-            endings = ", ".join(sorted({PurePosixPath(name).suffix or name for name in self.passed_over}))
+            endings = ", ".join(sorted({shown_name(PurePosixPath(name).suffix or name) for name in self.passed_over}))
             lines.append(f"passed over: {len(self.passed_over)} files that are not named as images ({endings})")
         if all_.further_tiles:
             cut = f"{all_.further_parts} further parts of objects, {all_.dropped_parts} too small ones left out"

@@ -49,6 +49,8 @@ def claim(out: Store, plan: dict[str, Any], shards: Mapping[str, str]) -> dict[s
     Raises ValueError where another build is there.
     """
     sizes = sizes_in(out)
+    if FILE_NAME not in sizes and out.is_local and (out.path / FILE_NAME).is_dir():
+        raise ValueError(f"{out.uri}/{FILE_NAME} is a folder: remove it, or choose another --out")
     if _is_finished(out, plan, sizes=sizes, shards=shards):
         return None
     _refuse_unknown(out, sizes)

@@ -24,6 +24,7 @@ from pipelines.prefetch import prefetched
 from pipelines.schema import SHARD
 from pipelines.shards import UNREADABLE
 from pipelines.storage import Store, open_store
+from pipelines.text import shown_name
 
 COLUMNS = ("source_height", "source_width", "height", "width", "encoding", "instances")
 SMALL, MEDIUM = 32**2, 96**2  # COCO's bounds of an object's area, in pixels
@@ -132,7 +133,7 @@ class DataSummary:
         for label, category in named[:CLASSES_TOLD]:
             objects = tally.objects[label]
             yield (
-                f"{label:>5} {category.id:>5}  {category.name[:24]:<24}{objects:>9}"
+                f"{label:>5} {category.id:>5}  {shown_name(category.name[:24]):<24}{objects:>9}"
                 f"{objects / count:>8.1%}{tally.images[label]:>9}"
             )
         if len(named) > CLASSES_TOLD:

@@ -60,7 +60,10 @@ class Walk:
         with plain_errors(f"{self.uri}/{folder}".rstrip("/")):
             if not self.filesystem.isdir(path):
                 return
-            entries = self.filesystem.ls(path, detail=True)
+            try:
+                entries = self.filesystem.ls(path, detail=True)
+            except FileNotFoundError:  # removed just now
+                return
         if self.follow_links:
             seen.add(os.path.realpath(path))
         found = {each["name"].rstrip("/").rsplit("/", 1)[-1]: each for each in entries}

@@ -124,12 +124,13 @@ class Manifest:
                 f"{store.uri} holds no finished shards (no {FILE_NAME}): run `mrcnn build-data` first"
             ) from None
         try:
-            manifest = cls._parse(json.loads(data), store.uri)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, LostError) as error:
-            raise ValueError(
-                f"{store.uri}/{FILE_NAME} is damaged ({type(error).__name__}): build the data again"
-            ) from error
-        return manifest
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise _damaged(store, error) from error
+        try:
+            return cls._parse(content, store.uri)
+        except (KeyError, TypeError, LostError) as error:
+            raise _damaged(store, error) from error
 
     @classmethod
     def _parse(cls, content: dict[str, Any], uri: str) -> Manifest:
@@ -152,6 +153,10 @@ class Manifest:
         if not manifest.digest == _digest(written) == content["digest"]:  # of what was not parsed, too
             raise ValueError(f"{uri}/{FILE_NAME} was changed after it was written: build the data again")
         return manifest
+
+
+def _damaged(store: Store, error: Exception) -> ValueError:
+    return ValueError(f"{store.uri}/{FILE_NAME} is damaged ({type(error).__name__}): build the data again")
 
 
 def _digest(content: dict[str, Any]) -> str:

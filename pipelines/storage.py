@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import string
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import fsspec
 
@@ -32,11 +33,14 @@ from pipelines.storage_errors import (
     full_disk_told,
     make_folder,
     plain_errors,
+    without_secrets,
 )
 
 DELETED_AT_ONCE = 1000  # S3's bound
+REMOVALS = 5  # of a folder that is being written to
 S3_OF_OTHERS = ("s3a", "s3n")  # Hadoop's words for it, which fsspec knows, too: it would be used with other settings
 NO_PLACES = ("blockcache", "cached", "data", "filecache", "simplecache")  # fsspec's caches of others; bytes in a URI
+BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")  # as botocore has it
 NEARLY = ("s3:", "file:")  # how mistyped URIs begin, which would be folders of such names here
 BLOCK = 8 * 2**20  # bytes of a request for a part of a large file
 CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".png": "image/png"}  # browsers show them, and save others
@@ -91,8 +95,6 @@ class Store:
         try:
             if self.uri.startswith("s3://"):
                 return s3_objects.get(f"{self._root}/{check_name(name)}", at_most)
-            if self._scheme in WEB:
-                return self._read_web(name)
             if not self.is_local:
                 return self._call("cat_file", name)
             with plain_errors(self.uri_of(name)):  # an image a millisecond: fsspec takes as long as the disk
@@ -103,14 +105,6 @@ class Store:
             if self._scheme not in WEB:  # which has no folders
                 self.check_folder()
             raise FileRefusedError(str(error)) from None
-
-    def _read_web(self, name: str) -> bytes:
-        """A file from a web server, of which fsspec asks once."""
-        for attempt in range(1, ATTEMPTS):
-            with suppress(UnreachableError):
-                return self._call("cat_file", name)
-            time.sleep(0.1 * 2**attempt)
-        return self._call("cat_file", name)
 
     def read_range(self, name: str, start: int, length: int, etag: str = "") -> bytes:
         """`length` bytes of a file from byte `start` on: one ranged request. Threads may call it at once. Raises
@@ -145,9 +139,7 @@ class Store:
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a whole file, so that a reader sees all of it or none: rename on disk, a single PUT on S3."""
         if self.is_local:
-            with self._part(name) as part:
-                part.write_bytes(data)
-                rename(part, self.path / name)
+            self._write_local(name, data, replace=True)
         else:
             content_type = CONTENT_TYPES.get(PurePosixPath(name).suffix) if self.uri.startswith("s3://") else None
             self._call("pipe_file", name, data, **({"ContentType": content_type} if content_type else {}))
@@ -155,9 +147,7 @@ class Store:
     def create_bytes(self, name: str, data: bytes) -> bool:
         """Write a whole small file unless there is one already; whether it was written. One of many writers wins."""
         if self.is_local:
-            with self._part(name) as part:
-                part.write_bytes(data)
-                return rename(part, self.path / name, replace=False)
+            return self._write_local(name, data, replace=False)
         with plain_errors(self.uri_of(name)):
             try:
                 self._fs.pipe_file(f"{self._root}/{check_name(name)}", data, mode="create")
@@ -166,6 +156,17 @@ class Store:
                     raise
                 return False
         return True
+
+    def _write_local(self, name: str, data: bytes, *, replace: bool) -> bool:
+        """Another process may remove the folder, with what is being written there, at any moment: as often as that
+        happens it is made again."""
+        for _ in range(REMOVALS):
+            with suppress(FileNotFoundError), self._part(name) as part:
+                part.write_bytes(data)
+                return rename(part, self.path / name, replace=replace)
+        with self._part(name) as part:
+            part.write_bytes(data)
+            return rename(part, self.path / name, replace=replace)
 
     @contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
@@ -312,6 +313,10 @@ class Store:
         path = f"{self._root}/{check_name(name)}"
         if self._scheme in WEB:  # what is escaped stays as it is: it may be signed
             path = quote(path, safe=string.punctuation)
+        for attempt in range(1, ATTEMPTS if self._scheme in WEB else 1):  # of which fsspec asks once
+            with suppress(UnreachableError), plain_errors(f"{self.uri}/{name}"):
+                return getattr(self._fs, method)(path, *args, **kwargs)
+            time.sleep(0.1 * 2**attempt)
         with plain_errors(f"{self.uri}/{name}"):
             return getattr(self._fs, method)(path, *args, **kwargs)
 
@@ -323,19 +328,37 @@ def open_store(uri: str) -> Store:
         return open_store(f"s3{separator}{rest}")
     if not separator or scheme == "file":
         return _local_store(rest if separator else uri)
+    shown = without_secrets(uri)
     if LOGIN.match(uri):
         raise ValueError("a URI must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     if not rest.strip("/"):
-        raise ValueError(f"{uri!r} names no bucket: write {scheme}://bucket/prefix")
+        raise ValueError(f"{shown!r} names no bucket: write {scheme}://bucket/prefix")
     if scheme in NO_PLACES:
-        raise ValueError(f"{uri!r}: there are no files at {scheme}:// itself: use a local path or s3://bucket/prefix")
+        raise ValueError(f"{shown!r}: there are no files at {scheme}:// itself: use a local path or s3://bucket/prefix")
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:
-        raise ValueError(f"{uri!r} needs a plug-in that is not installed: {error}") from None
+        raise ValueError(f"{shown!r} needs a plug-in that is not installed: {error}") from None
     except ValueError:
-        raise ValueError(f"{uri!r}: unknown scheme {scheme!r}: use a local path or s3://bucket/prefix") from None
+        raise ValueError(f"{shown!r}: unknown scheme {scheme!r}: use a local path or s3://bucket/prefix") from None
+    if not _has_host(scheme, rest):
+        raise ValueError(f"{shown!r} names no {'host' if scheme in WEB else 'bucket'} that there can be: mend it")
     return Store(uri.rstrip("/"))
+
+
+def _has_host(scheme: str, rest: str) -> bool:
+    """Whether what stands first can be a bucket on S3, or a web server: what asks for it would raise whatever."""
+    if scheme == "s3":
+        bucket = rest.partition("/")[0]
+        return bool(BUCKET.fullmatch(bucket)) or bucket.startswith("arn:")
+    if scheme not in WEB:
+        return True
+    try:
+        address = urlsplit(f"{scheme}://{rest}")
+        host = address.hostname or ""
+        return bool(host) and (":" in host or bool(host.encode("idna"))) and address.port != 0
+    except ValueError:  # of the port, of brackets, of what is no name by IDNA
+        return False
 
 
 def _local_store(path: str) -> Store:

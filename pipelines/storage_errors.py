@@ -27,9 +27,13 @@ AWAY = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}  # of a networ
 REFUSED = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EMSGSIZE, getattr(errno, "EREMCHG", errno.ENOENT)}
 OF_CREDENTIALS = {"ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"}
 ASK_AGAIN = {408, 425, 429}  # a web server's words for "later"
+GONE = {404, 410}
+WEB_ERRORS = (BodyError, TimeoutError)  # of aiohttp, a server that cannot be reached among them
 # What stands before an @ where the host should be; a colon that no port follows: a secret key may hold slashes.
-LOGIN = re.compile(r"^([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
-QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*")
+LOGIN = re.compile(r"([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
+QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*", re.IGNORECASE)
+WEB_ADDRESS = re.compile("https?://", re.IGNORECASE)  # in a line of a list also behind a quote, or another column
+NAMING = ("file", "gcs", "gs", "local", "memory", "s3", "s3a", "s3n")  # schemes whose files may have a ? in their names
 
 
 class FileRefusedError(PermissionError):
@@ -57,9 +61,12 @@ class UnreachableError(ValueError):
 
 
 def without_secrets(uri: str) -> str:
-    """A URI as it may be stored and shown: no name and password, and of a web address no query, which may sign it."""
+    """A URI, or a line that should be one, as it may be stored and shown: no name and password, and no query, which
+    may sign it (az://...?sig=... too)."""
     public = LOGIN.sub(r"\1", uri)
-    return public.partition("?")[0] if public.startswith(("http://", "https://")) else public
+    scheme, separator, _ = public.partition("://")
+    may_be_signed = WEB_ADDRESS.search(public) or (separator and scheme.strip().lower() not in NAMING)
+    return public.partition("?")[0] if may_be_signed else public
 
 
 @contextmanager
@@ -72,6 +79,8 @@ def plain_errors(uri: str) -> Iterator[None]:
     except (UnfitFileError, ChangedFileError):
         raise
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if (answer := _web_answer(error)) is not None:
+            raise _web_error(uri, answer) from None
         if _code(error) == "NoSuchBucket":
             bucket = "/".join(uri.split("/")[:3])
             raise FileNotFoundError(
@@ -83,10 +92,8 @@ def plain_errors(uri: str) -> Iterator[None]:
     except PermissionError as error:
         kind = CredentialsError if _code(error) in OF_CREDENTIALS else PermissionError
         raise kind(_refusal(uri, error)) from None
-    except ClientResponseError as error:  # of a web server
-        if error.status >= 500 or error.status in ASK_AGAIN:
-            raise UnreachableError(f"{uri} cannot be read: the server answers {error.status}") from None
-        raise PermissionError(f"{uri} was refused: the server answers {error.status}") from None
+    except ClientResponseError as error:
+        raise _web_error(uri, error) from None
     except (BotoCoreError, ClientError, BodyError, OSError, TimeoutError) as error:
         raise _other_error(uri, error) from None
     except Exception as error:
@@ -133,6 +140,21 @@ def _code(error: OSError) -> str:
     return str(answer.response.get("Error", {}).get("Code", "")) if isinstance(answer, ClientError) else ""
 
 
+def _web_answer(error: OSError) -> Exception | None:
+    """What a web server has answered, or that it has not, where fsspec says of it that there is no file."""
+    answer = error.__cause__
+    is_gone = isinstance(answer, ClientResponseError) and answer.status in GONE
+    return answer if isinstance(answer, WEB_ERRORS) and not is_gone else None
+
+
+def _web_error(uri: str, error: Exception) -> Exception:
+    if not isinstance(error, ClientResponseError):
+        return _other_error(uri, error)
+    if error.status >= 500 or error.status in ASK_AGAIN:
+        return UnreachableError(f"{uri} cannot be read: the server answers {error.status}")
+    return PermissionError(f"{uri} was refused: the server answers {error.status}")
+
+
 def _refusal(uri: str, error: PermissionError) -> str:
     if not uri.startswith("s3://"):
         return f"no permission for {uri}: check its owner and mode"
@@ -146,6 +168,8 @@ def _other_error(uri: str, error: Exception) -> Exception:
         return ValueError(f"{uri} is not a valid URI: write s3://bucket/prefix")
     if isinstance(error, OSError) and error.errno in FULL:
         return _full(uri, error)
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return ValueError(f"{uri} cannot be written: its file system is read-only: choose another place")
     if not uri.startswith("s3://"):
         kind, told = f"{type(error).__name__}: " if "://" in uri else "", QUERY.sub(r"\1", str(error))
         is_away = "://" in uri or (isinstance(error, OSError) and error.errno in AWAY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 from typing import Any
 
 import cv2
@@ -23,6 +24,13 @@ PIXELS_VERSION = (
     3  # raised where the same file gives other pixels or masks: a build does not mix shards of before and after
 )
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
+LONGEST_SIDE = 1_000_000  # pixels, as libpng has it: of a row that is far longer Pillow says that memory is short
+GRAY_TOGETHER = 2**20  # pixels whose numbers are rounded at once: they take eight times as much memory meanwhile
+# All but programs (EPS), and what Pillow decodes as it opens it, before anyone can ask for its size (icons)
+FORMATS = (
+    "JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "PSD", "PCX", "SGI", "QOI", "DDS",
+    "SUN", "TGA",
+)  # fmt: skip
 ORIENTATION = 0x0112  # EXIF tag
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 WHITE_IS_ZERO = 0
@@ -79,7 +87,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
 
 def _upright(image: Pixels, data: bytes) -> Pixels:
     try:
-        with Image.open(io.BytesIO(data)) as header:
+        with open_image(data) as header:
             orientation = _orientation(header)
     except MemoryError:
         raise
@@ -110,14 +118,17 @@ def _turned(image: Pixels, orientation: int) -> Pixels:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """An image as Pillow opens it, but no PostScript, which is a program: Pillow would have Ghostscript run it.
+    """An image of one of the FORMATS as Pillow opens it, not yet decoded.
 
     Raises UnidentifiedImageError, and whatever Pillow's plug-ins raise.
     """
-    image = Image.open(io.BytesIO(data))
-    if image.format == "EPS":
-        raise UnidentifiedImageError("PostScript")
-    return image
+    return Image.open(io.BytesIO(data), formats=_known_formats())
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()  # not all versions have all
+    return tuple(each for each in FORMATS if each in Image.OPEN)
 
 
 def _decode_any(data: bytes, max_pixels: int) -> Pixels:
@@ -198,7 +209,8 @@ def eight_bits_of_gray(gray: NDArray[Any], bits: int) -> Pixels:
     """Numbers of so many bits, rounded to 8; of 32 bits only 16 are meant where all values fit into them."""
     fits = bits <= 16 or gray.max(initial=0) <= 65535
     top = 2 ** min(bits, 16) - 1 if fits else np.iinfo(gray.dtype).max
-    return np.clip(np.rint(gray * (255.0 / top)), 0, 255).astype(np.uint8)
+    strips = np.array_split(gray, max(1, min(len(gray), gray.size // GRAY_TOGETHER)))
+    return np.concatenate([np.clip(np.rint(each * (255.0 / top)), 0, 255).astype(np.uint8) for each in strips])
 
 
 def _has_no_alpha(image: Image.Image, data: bytes) -> bool:
@@ -236,7 +248,9 @@ def _from_deep_png(data: bytes) -> Pixels:
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
-    """Raise DecodeError for an image of more pixels than are allowed."""
+    """Raise DecodeError for an image of more pixels, or with a longer side, than is allowed."""
+    if max(height, width) > LONGEST_SIDE:
+        raise DecodeError(f"decompression bomb: {width} x {height} pixels, the bound of a side is {LONGEST_SIDE}")
     if height * width > max_pixels:
         raise DecodeError(f"decompression bomb: {width} x {height} pixels, the bound is {max_pixels}")
 

@@ -29,6 +29,7 @@ from pipelines.schema import SHARD
 from pipelines.shards import UNREADABLE, checksum, portrait_bits
 from pipelines.storage import Store, open_store
 from pipelines.tasks import failing_in_words, run_tasks
+from pipelines.text import shown_name
 from pipelines.verify_rows import row_faults
 
 FAULTS_TOLD = 5  # of a shard; one damaged shard may have a fault in every row
@@ -57,8 +58,8 @@ class VerifyReport:
             f"{totals.rows} rows + {totals.rejects} rejects = {totals.images} images",
             f"{totals.instances} instances + {totals.rejected_annotations} rejected = {totals.annotations} annotations",
             f"checked: {' '.join(CHECKED.split())}",
-            *(f"not of this data set: {name}" for name in self.extra),
-            *(f"BROKEN {problem}" for problem in self.problems),
+            *(f"not of this data set: {shown_name(name)}" for name in self.extra),
+            *(f"BROKEN {shown_name(problem)}" for problem in self.problems),
             f"digest {self.manifest.digest}",
         ]
         return "\n".join(lines)
@@ -103,6 +104,8 @@ def _missing(sizes: dict[str, int], manifest: Manifest) -> Iterator[str]:
 def _list_faults(store: Store, sizes: dict[str, int], manifest: Manifest) -> Iterator[str]:
     """The two lists of rejects."""
     stated = {each.name: each for each in manifest.reject_lists}
+    if "pixels_version" in manifest.build and len(stated) != 2:  # those from before it may have none
+        yield f"{FILE_NAME}: it does not state the two lists of rejects"
     for name, schema, count in (
         (REJECTS_FILE, REJECTS, manifest.totals.rejects),
         (REJECTED_ANNOTATIONS_FILE, REJECTED_ANNOTATIONS, manifest.totals.rejected_annotations),

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from mrcnn.structures import Category
 from pipelines.records import SourceError
-from pipelines.transforms import PNG_BITS, open_image
+from pipelines.transforms import LONGEST_SIDE, PNG_BITS, open_image
 
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # one number a pixel: of a palette, its index
 
@@ -53,6 +53,8 @@ def check_size(height: Any, width: Any, what: str = "annotation file") -> tuple[
     height, width = (int(side) if isinstance(side, float) and side.is_integer() else side for side in (height, width))
     if not all(isinstance(side, int) and side > 0 for side in (height, width)):
         raise SourceError(f"{what} states no size: {width!r} x {height!r}")
+    if max(height, width) > LONGEST_SIDE:
+        raise SourceError(f"{what} is too large: {width} x {height} pixels, the bound of a side is {LONGEST_SIDE}")
     bound = Image.MAX_IMAGE_PIXELS or math.inf  # that of the images, see transforms.allow_pixels
     if height * width > bound:
         raise SourceError(f"{what} is too large: {width} x {height} pixels, the bound is {bound}")

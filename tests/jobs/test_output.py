@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from jobs.output import shown
 from mrcnn.structures import Category
 from pipelines.accounts import REJECTED_ANNOTATIONS_FILE, REJECTS_FILE
 from pipelines.manifest import Manifest
 from pipelines.records import REJECTED_ANNOTATIONS, REJECTS, to_parquet
 from pipelines.storage import open_store
+from pipelines.text import shown, shown_name
 from tests.made_shards import instance, make_shards, row
 
 RED, TITLE = "\x1b[31m", "\x9b2;0;0t"
@@ -42,4 +42,5 @@ def test_an_error_neither(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_other_text_is_shown_as_it_is() -> None:
     text = "Grüße, 猫 \N{FAMILY}\N{ZERO WIDTH JOINER}\N{BOY}\ttab\nline\\x1b"
     assert shown(text) == text
+    assert shown_name("a\nb\tc") == r"a\nb\tc"
     assert shown("a\rb\u202ec\ud800") == r"a\rb\u202ec\ud800"

@@ -6,10 +6,13 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from inline import build_here, run_inline
 
+from pipelines import storage
 from pipelines import verify as verify_module
 from pipelines.build import prepare
 from pipelines.config import BuildConfig
@@ -64,6 +67,51 @@ def test_a_folder_in_a_files_place_is_told(config: BuildConfig, name: str) -> No
     Path(config.out, name).mkdir()
     with pytest.raises(ValueError, match=rf"{name} cannot be written, a folder has its name: remove it, then"):
         build_here(config)
+
+
+def test_a_folder_in_the_manifests_place_of_a_new_build(config: BuildConfig, tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    (out / "manifest.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"manifest\.json is a folder: remove it, or choose another --out"):
+        build_here(replace(config, out=str(out)))
+    assert [path.name for path in out.iterdir()] == ["manifest.json"]
+
+
+def test_a_folder_that_another_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same build, run twice at once, may end and tidy up just then: before a file is made there, or has its name"""
+    store = open_store(str(tmp_path))
+    for place in ("held_part", "rename"):
+        times = iter(range(3))
+        was = getattr(storage, place)
+
+        def removing(*args: Any, was: Any = was, times: Any = times, **kwargs: Any) -> Any:
+            if next(times, None) is not None:
+                store.remove_folder("_progress")
+            return was(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, place, removing)
+            store.write_bytes("_progress/a.json", b"a")
+            assert store.create_bytes("_progress/b.json", b"b")
+        assert store.read_bytes("_progress/a.json") == b"a"
+        assert store.read_bytes("_progress/b.json") == b"b"
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["_progress", "a.json", "b.json"]
+        store.remove_folder("_progress")
+
+
+def test_a_folder_that_goes_while_it_is_listed_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(str(tmp_path))
+    store.write_bytes("_progress/a.json", b"a")
+    is_folder = LocalFileSystem.isdir
+
+    def removing(self: LocalFileSystem, path: str) -> bool:
+        found = is_folder(self, path)
+        if path.endswith("_progress"):
+            store.remove_folder("_progress")
+        return found
+
+    monkeypatch.setattr(LocalFileSystem, "isdir", removing)
+    assert list(store.join("_progress").files()) == []
 
 
 def test_others_unfinished_files_stay(config: BuildConfig) -> None:

@@ -166,6 +166,7 @@ def test_wrong_folder_or_split(tmp_path: Path) -> None:
     [
         ({"imgHeight": None}, "states no size"),
         ({"imgHeight": 10**6, "imgWidth": 10**6}, "too large"),
+        ({"imgHeight": 1, "imgWidth": 70_000_000}, "too large: 70000000 x 1 pixels, the bound of a side is 1000000"),
         ({"objects": {}}, "no list 'objects'"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +22,7 @@ from pipelines.sources import SOURCES
 from pipelines.sources.image_files import ListedImages
 from pipelines.sources.names import SUFFIXES, image_ids, shown_uri
 from pipelines.storage import open_store
+from pipelines.storage_errors import without_secrets
 
 
 def test_a_folder_is_all_images_below_it(tmp_path: Path) -> None:
@@ -139,6 +143,101 @@ def test_file_systems_that_a_uri_is_not_enough_for(tmp_path: Path) -> None:
     assert made.rejects == dict.fromkeys(("a.png", "b.jpg"), "read: such a file system needs more than a URI")
     with pytest.raises(ValueError, match=r"webhdfs://... cannot be read: such a file system needs more than a URI"):
         built(tmp_path / "other", images="webhdfs://host/images", format="images")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "https://[cdn.example.com/x.jpg", "http://cdn.example.com:80801/x.jpg", "http://a..b/x.jpg",
+        f"http://{'a' * 64}.org/x.jpg", "https://h:port/x.jpg", "s3://Bad_Bucket!/x.jpg",
+    ],
+)  # fmt: skip
+def test_an_address_that_cannot_be_one_is_a_reject(tmp_path: Path, line: str) -> None:
+    write_image(tmp_path / "b.png")
+    (tmp_path / "list.txt").write_text(f"b.png\n{line}\n")
+    made = built(tmp_path / "out", images=str(tmp_path / "list.txt"), format="images")
+    (reject,) = pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()
+    assert reject["uri"] == line
+    assert re.search(r"not a URI that can be read: .* names no (host|bucket) that there can be", reject["reason"])
+    assert len(made.rows) == 1
+
+
+SIGNED = [
+    " http://h/a.jpg?X-Amz-Signature=SECRET", "HTTP://h/a.jpg?X-Amz-Signature=SECRET", "\thttp://user:SECRET@h/a.jpg",
+    '"http://h/a.jpg?X-Amz-Signature=SECRET"', "url,http://h/a.jpg?X-Amz-Signature=SECRET",
+    "az://account/container/a.jpg?sv=1&sig=SECRET", "url,https://user:SECRET@h/a.jpg",
+]  # fmt: skip
+
+
+def test_secrets_of_lines_that_are_no_uris_neither(tmp_path: Path) -> None:
+    write_image(tmp_path / "b.png")
+    (tmp_path / "list.txt").write_text("\n".join([*SIGNED, "b.png"]))
+    list_ = {"images": str(tmp_path / "list.txt"), "format": "images"}
+    built(tmp_path / "out", **list_, max_reject_share=1.0)
+    rejects = pq.read_table(tmp_path / "out/rejects.parquet").to_pylist()
+    assert len(rejects) == len(SIGNED)
+    assert "SECRET" not in str(rejects)
+    assert all("a.jpg" in each["uri"] for each in rejects)
+    with pytest.raises(ValueError, match=r"--max-reject-share is 0\.1") as error:
+        built(tmp_path / "other", **list_, max_reject_share=0.1)
+    assert "SECRET" not in str(error.value)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/what?.jpg", "/disk/what?.jpg", "gs://bucket/what?.jpg", "what?.jpg"])
+def test_names_may_have_question_marks(uri: str) -> None:
+    assert without_secrets(uri) == uri
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "told"),
+    [
+        (403, PermissionError, "was refused: the server answers 403"),
+        (500, ValueError, "cannot be read: the server answers 500"),
+        (503, ValueError, "cannot be read: the server answers 503"),
+        (404, FileNotFoundError, "there is no file"),
+    ],
+)
+def test_annotations_from_the_web(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, error: type[Exception], told: str
+) -> None:
+    """fsspec says of all that goes wrong that there is no file. Once is not enough to give up."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    write_image(tmp_path / "a.png")
+    image = {"id": 1, "file_name": "a.png", "height": 24, "width": 32}
+    coco = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
+    asked = Counter[str]()
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            name = self.path.partition("?")[0]
+            asked[name] += 1
+            data = json.dumps(coco).encode()
+            is_good = name == "/good.json" or (name == "/later.json" and asked[name] > 2)
+            self.send_response(200 if is_good else 503 if name == "/later.json" else status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *args: Any) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        web = f"http://127.0.0.1:{server.server_port}"
+        for name in ("good", "later"):
+            made = built(tmp_path / name, images=str(tmp_path), annotations=f"{web}/{name}.json?sig=SECRET")
+            assert len(made.rows) == 1
+        with pytest.raises(error, match=told) as raised:
+            built(tmp_path / "bad", images=str(tmp_path), annotations=f"{web}/bad.json?sig=SECRET")
+        assert f"{web}/bad.json" in str(raised.value)
+        assert "SECRET" not in str(raised.value)
+        server.shutdown()
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1:\d+/good\.json cannot be used: .*Connect"):
+        built(tmp_path / "away", images=str(tmp_path), annotations=f"{web}/good.json")
 
 
 def test_secrets_of_a_list_are_not_told(tmp_path: Path) -> None:

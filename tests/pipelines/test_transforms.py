@@ -472,6 +472,47 @@ def test_decompression_bomb() -> None:
         decode(bytes(jpeg))
 
 
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of RGBA whose pixels are missing."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    head = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + head + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+@pytest.mark.parametrize("size", [(70_000_000, 1), (1, 70_000_000), (1_000_001, 1)])
+def test_a_side_may_be_too_long_whatever_the_pixels(size: tuple[int, int]) -> None:
+    """Of rows of 2^31 bits Pillow says that memory is short, which would end a build; it is the image's fault."""
+    with pytest.raises(DecodeError, match=rf"bomb: {size[0]} x {size[1]} pixels, the bound of a side is 1000000"):
+        decode(png_header(*size))
+    with pytest.raises(SourceError, match="the bound of a side is 1000000"):
+        decode_ids(png_header(*size))
+
+
+def test_a_long_side_within_the_bound() -> None:
+    assert decode(saved(Image.new("L", (1_000_000, 1), 7), "PNG")).shape == (1, 1_000_000, 3)
+
+
+def test_icons_are_not_decoded_to_learn_their_size(picture: Image.Image) -> None:
+    """Which is what Pillow does as it opens them."""
+    with pytest.raises(DecodeError, match="not an image of a known format"):
+        decode(saved(picture, "ICO"))
+
+
+@pytest.mark.parametrize("format_", ["PCX", "SGI", "QOI", "DDS", "DIB", "JPEG2000", "AVIF"])
+def test_seldom_formats(picture: Image.Image, format_: str) -> None:
+    options = {"JPEG2000": {"irreversible": False}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}.get(format_, {})
+    assert_same(decode(saved(picture, format_, **options)), picture, tolerance=4 if format_ == "AVIF" else 0)
+
+
+def test_gray_is_rounded_alike_in_all_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    gray = np.random.default_rng(0).integers(0, 65536, (37, 11), np.uint16)
+    whole = transforms.eight_bits_of_gray(gray, 16)
+    np.testing.assert_array_equal(whole, np.rint(gray / 257))
+    monkeypatch.setattr(transforms, "GRAY_TOGETHER", 20)
+    np.testing.assert_array_equal(transforms.eight_bits_of_gray(gray, 16), whole)
+    assert transforms.eight_bits_of_gray(gray[:0], 16).shape == (0, 11)
+
+
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
 def test_the_bound_of_pixels_is_the_caller_s(picture: Image.Image, format_: str) -> None:
     data = saved(picture, format_)
@@ -531,7 +572,7 @@ def test_the_longest_side_that_can_be_stored(encoding: Any) -> None:
 def test_short_memory_is_not_the_images_fault(
     picture: Image.Image, format_: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def short(*_: Any) -> None:
+    def short(*_: Any, **__: Any) -> None:
         raise MemoryError
 
     exif = Image.Exif()
