@@ -41,7 +41,7 @@ class BuildConfig:
     tile_overlap: int = 128
     """Pixels by which neighbouring tiles overlap, at least. An object that is smaller is whole in one of them."""
     tile_min_share: float = 0.25
-    """Share of an object's pixels that a tile must show to have it, 0 to 1."""
+    """Share of an object's pixels that a tile must show to have it, 0 to 1; of the tile's, where these are fewer."""
     max_pixels: int = 89_478_485
     """Largest image that is decoded, in pixels; a larger one is rejected as a decompression bomb (Pillow's bound)."""
     encoding: Encoding = "raw"

@@ -9,9 +9,10 @@ import numpy as np
 
 from mrcnn.visualize import draw_instances
 from pipelines.dataset import Row, ShardDataset
+from pipelines.pixels import Pixels
 from pipelines.scaling import Scaling, scale_instance
 from pipelines.storage import open_store
-from pipelines.transforms import Pixels, encode
+from pipelines.transforms import encode
 from pipelines.verify_rows import instance_faults
 
 FILE_NAME = "contact_sheet.png"

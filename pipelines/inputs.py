@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 
 from pipelines.dataset import ShardDataset
 from pipelines.manifest import FILE_NAME
+from pipelines.pixels import DecodeError
 from pipelines.records import Images, Reject, printable
 from pipelines.sources.image_files import LISTED_TWICE, ListedImages, listed_files
 from pipelines.sources.names import LINK_OUTSIDE, SUFFIXES, ImageIds, name_fault, names_sha256, shown_uri
 from pipelines.sources.reading import read_file
 from pipelines.stages import Stopwatch
 from pipelines.storage import Store, open_store, split_uri
-from pipelines.transforms import DecodeError, decode
+from pipelines.transforms import decode
 
 
 class Input(NamedTuple):

@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 from mrcnn.structures import Category
 from mrcnn.visualize import draw_results
 from pipelines.inputs import Input, Inputs, Picture, Reader
+from pipelines.pixels import MAX_PIXELS, Pixels, allow_pixels
 from pipelines.predict_folder import OVERLAYS, REPORT, part_name
 from pipelines.predict_options import PredictRun
 from pipelines.stages import Stopwatch
 from pipelines.storage import Store
 from pipelines.tasks import failing_in_words, run_tasks
-from pipelines.transforms import MAX_PIXELS, Pixels, allow_pixels, encode, use_one_thread
+from pipelines.transforms import encode, use_one_thread
 
 Chosen = dict[int, list[Input]]
 """Images to draw, by their chunk's number"""

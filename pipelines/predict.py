@@ -28,6 +28,7 @@ from mrcnn.weights import CONFIG_FILE, WEIGHTS_FILE
 from pipelines.attempts import begin_or_explain, count_attempts
 from pipelines.inputs import Chunk, Input, Reader
 from pipelines.manifest import check_sum
+from pipelines.pixels import allow_pixels
 from pipelines.predict_folder import (
     ChunkReceipt,
     part_name,
@@ -44,7 +45,6 @@ from pipelines.stages import WAITING, Stopwatch
 from pipelines.storage import Store
 from pipelines.tally import tally_part
 from pipelines.tasks import checked, failing_in_words
-from pipelines.transforms import allow_pixels
 
 SCHEMA_VERSION = 5  # of the folder; 4: rows in groups, and names of lists and shards; 5: the manifest has tallies
 READ_THREADS = 2

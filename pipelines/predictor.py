@@ -23,12 +23,12 @@ from mrcnn.structures import Category, Detections
 from mrcnn.tta import TTAConfig, predict_with_tta
 from mrcnn.weights import model_from_files
 from pipelines.inputs import Picture
+from pipelines.pixels import Pixels
 from pipelines.predict_options import PredictOptions
 from pipelines.prefetch import prefetched
 from pipelines.rle import Window
 from pipelines.tile_merging import Piece, merge_pieces, touches_inner_edge
 from pipelines.tiling import Tiling, windows
-from pipelines.transforms import Pixels
 
 TTA_SCALES = (0.75, 1.0, 1.25)  # of the model's own shorter side: 600, 800, 1000
 TILE_THREADS = 1

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from mrcnn.preprocess import resize_image, resized_size
 from pipelines.config import Encoding
+from pipelines.pixels import Pixels
 from pipelines.scaling import Scaling, scale_instances
 from pipelines.shards import Drawn
 from pipelines.storage import Store
 from pipelines.tiling import Part, Tiling, windows
-from pipelines.transforms import MAX_SIDE, Pixels, encode
+from pipelines.transforms import MAX_SIDE, encode
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import xxhash
 from mrcnn.structures import Category
 from pipelines.config import Encoding, Format
 from pipelines.manifest import ShardInfo, check_sum
+from pipelines.pixels import allow_pixels
 from pipelines.prefetch import batched, prefetched
 from pipelines.records import ImageRecord, Images, Objects, Reject, RejectedAnnotation, Stage
 from pipelines.rows import Picture, Scale, make_row, size_fault
@@ -31,7 +32,7 @@ from pipelines.sources.names import versions_sha256
 from pipelines.sources.reading import OpenedRecord, ReadRecord, open_record, read_record
 from pipelines.tasks import failing_in_words
 from pipelines.tiling import Tiling, parts
-from pipelines.transforms import allow_pixels, use_one_thread
+from pipelines.transforms import use_one_thread
 from pipelines.validate import AnnotationError, to_instance
 
 PROGRESS = "_progress"

@@ -17,12 +17,12 @@ import simplejpeg
 from mrcnn.visualize import DRAWN_SCORE
 from pipelines.inputs import Input, Inputs, Picture
 from pipelines.overlays import Chosen, DrawSettings, PartRows, draw_row, overlay_name
+from pipelines.pixels import MAX_PIXELS, Pixels, allow_pixels
 from pipelines.predict_folder import part_name
 from pipelines.prefetch import prefetched
 from pipelines.records import Reject
 from pipelines.stages import Stopwatch
 from pipelines.storage_errors import UnreachableError, without_secrets
-from pipelines.transforms import MAX_PIXELS, Pixels, allow_pixels
 
 SPREAD = 24  # thumbnails, evenly over all inputs
 MOST_DRAWN = 48  # beside those, of the images that --overlays draws

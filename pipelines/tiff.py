@@ -18,7 +18,7 @@ from PIL.TiffImagePlugin import (
 )
 from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFile, TiffPage
 
-from pipelines.transforms import ORIENTATION, DecodeError, Pixels, check_size, eight_bits_of_gray
+from pipelines.pixels import ORIENTATION, DecodeError, Pixels, check_size, eight_bits_of_gray
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it tells becomes a reject here
 
@@ -27,7 +27,7 @@ GRAY = (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.MINISBLACK)
 SAMPLES: dict[int, int] = {**dict.fromkeys(GRAY, 1), PHOTOMETRIC.RGB: 3, PHOTOMETRIC.SEPARATED: 4}
 MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 ALPHA: dict[int, str] = {EXTRASAMPLE.UNASSALPHA: "A", EXTRASAMPLE.ASSOCALPHA: "a"}  # Pillow's letters for them
-MOST_SAMPLES = 16  # of a pixel: of what has more, memory may be too small for what is left out
+MOST_BYTES = 16  # of a pixel: of what has more, memory may be too small for what is left out
 
 
 def is_mistaken(image: TiffImageFile) -> bool:
@@ -58,7 +58,8 @@ def open_tiff(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
 def _mode(page: TiffPage) -> str:
     """Pillow's name for what a pixel has; samples that the TIFF does not explain are left out."""
     samples = SAMPLES.get(-1 if page.photometric is None else page.photometric, 0)
-    if not samples or page.axes not in ("YX", "YXS", "SYX") or page.samplesperpixel > MOST_SAMPLES:
+    size = page.samplesperpixel * page.dtype.itemsize if page.dtype else MOST_BYTES + 1
+    if not samples or page.axes not in ("YX", "YXS", "SYX") or size > MOST_BYTES:
         kind = getattr(page.photometric, "name", page.photometric)
         raise DecodeError(f"a TIFF of {kind} with {page.samplesperpixel} samples, {page.axes}, is not known")
     alpha = ALPHA.get(page.extrasamples[0], "") if page.extrasamples and samples != 4 else ""
@@ -70,9 +71,9 @@ def _eight_bits(page: TiffPage) -> Pixels:
     pixels = _decompressed(page)
     if pixels.dtype.kind not in "ub":
         raise DecodeError(f"pixels of the type {pixels.dtype} have no known range")
-    pixels = (pixels.transpose(1, 2, 0) if page.axes == "SYX" else pixels).reshape(
-        page.imagelength, page.imagewidth, -1
-    )
+    if page.axes == "SYX":
+        pixels = pixels.transpose(1, 2, 0)
+    pixels = pixels.reshape(page.imagelength, page.imagewidth, -1)
     if pixels.dtype == bool:
         eight = pixels * np.uint8(255)
     elif page.photometric in GRAY:

@@ -12,8 +12,9 @@ from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 
 from mrcnn.structures import Category
+from pipelines.pillow_images import PNG_BITS, open_image
+from pipelines.pixels import LONGEST_SIDE
 from pipelines.records import SourceError
-from pipelines.transforms import LONGEST_SIDE, PNG_BITS, open_image
 
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # one number a pixel: of a palette, its index
 
@@ -55,7 +56,7 @@ def check_size(height: Any, width: Any, what: str = "annotation file") -> tuple[
         raise SourceError(f"{what} states no size: {width!r} x {height!r}")
     if max(height, width) > LONGEST_SIDE:
         raise SourceError(f"{what} is too large: {width} x {height} pixels, the bound of a side is {LONGEST_SIDE}")
-    bound = Image.MAX_IMAGE_PIXELS or math.inf  # that of the images, see transforms.allow_pixels
+    bound = Image.MAX_IMAGE_PIXELS or math.inf  # that of the images, see pixels.allow_pixels
     if height * width > bound:
         raise SourceError(f"{what} is too large: {width} x {height} pixels, the bound is {bound}")
     return height, width

@@ -19,12 +19,12 @@ from mrcnn.weights import model_files
 from pipelines import predict as predict_module
 from pipelines.coco_file import coco_entries
 from pipelines.inputs import Chunk, FileReader, Input
+from pipelines.pixels import MAX_PIXELS
 from pipelines.predict import ChunkPredictor, PredictSettings
 from pipelines.predict_folder import write_model
 from pipelines.predict_options import PredictOptions
 from pipelines.storage import open_store
 from pipelines.toy import ToySummary
-from pipelines.transforms import MAX_PIXELS
 
 SQUARE = 3  # id of a category
 

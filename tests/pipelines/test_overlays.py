@@ -14,11 +14,11 @@ import pytest
 from mrcnn.structures import Category
 from pipelines.inputs import Inputs, open_inputs
 from pipelines.overlays import DrawSettings, choose, draw_chunk
+from pipelines.pixels import MAX_PIXELS
 from pipelines.predict import PREDICTIONS
 from pipelines.predict_folder import part_name
 from pipelines.predict_options import PredictRun
 from pipelines.storage import open_store
-from pipelines.transforms import MAX_PIXELS
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.inputs import Chunk, Input, NamedInputs, Picture, open_inputs
+from pipelines.pixels import MAX_PIXELS
 from pipelines.records import Reject
 from pipelines.sources.names import ImageIds, image_ids
 from pipelines.stages import Stopwatch, describe
-from pipelines.transforms import MAX_PIXELS
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from predicted import detection, finish
 from mrcnn.structures import Category
 from pipelines.inputs import Input, Picture, open_inputs
 from pipelines.overlays import DrawSettings, choose, draw_chunk, overlay_name
+from pipelines.pixels import MAX_PIXELS
 from pipelines.predict import PREDICTIONS
 from pipelines.predict_folder import ChunkReceipt, claim, part_name, read_json
 from pipelines.predict_options import PredictRun
@@ -30,7 +31,6 @@ from pipelines.storage import open_store
 from pipelines.storage_errors import UnreachableError
 from pipelines.tally import Tally, tally_part
 from pipelines.thumbnails import MOST_DRAWN, SPREAD, images_to_show, make_thumbnails
-from pipelines.transforms import MAX_PIXELS
 
 EVIL = "<script>alert(1)</script>&\"'"
 CATEGORIES = (Category(3, "cat"), Category(7, EVIL), Category(9, "yak"))

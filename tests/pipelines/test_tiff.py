@@ -12,7 +12,8 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
-from pipelines.transforms import DecodeError, decode
+from pipelines.pixels import DecodeError
+from pipelines.transforms import decode
 
 ORDERS = [">", "<"]
 

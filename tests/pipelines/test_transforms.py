@@ -16,11 +16,12 @@ import simplejpeg
 from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from pipelines import transforms
+from pipelines import pixels, transforms
 from pipelines.jpeg_segments import has_more_scans, read_header
+from pipelines.pixels import DecodeError, allow_pixels
 from pipelines.records import SourceError
 from pipelines.sources.annotation_files import decode_ids
-from pipelines.transforms import MAX_SCANS, DecodeError, allow_pixels, decode, decode_stored, encode
+from pipelines.transforms import MAX_SCANS, decode, decode_stored, encode
 
 SCAN = b"\xff\xda"
 
@@ -506,11 +507,11 @@ def test_seldom_formats(picture: Image.Image, format_: str) -> None:
 
 def test_gray_is_rounded_alike_in_all_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     gray = np.random.default_rng(0).integers(0, 65536, (37, 11), np.uint16)
-    whole = transforms.eight_bits_of_gray(gray, 16)
+    whole = pixels.eight_bits_of_gray(gray, 16)
     np.testing.assert_array_equal(whole, np.rint(gray / 257))
-    monkeypatch.setattr(transforms, "GRAY_TOGETHER", 20)
-    np.testing.assert_array_equal(transforms.eight_bits_of_gray(gray, 16), whole)
-    assert transforms.eight_bits_of_gray(gray[:0], 16).shape == (0, 11)
+    monkeypatch.setattr(pixels, "GRAY_TOGETHER", 20)
+    np.testing.assert_array_equal(pixels.eight_bits_of_gray(gray, 16), whole)
+    assert pixels.eight_bits_of_gray(gray[:0], 16).shape == (0, 11)
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
@@ -524,7 +525,7 @@ def test_the_bound_of_pixels_is_the_caller_s(picture: Image.Image, format_: str)
 def test_a_large_bound_needs_pillow_s_raised(picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above its bound Pillow warns, and above twice of it raises, whatever we say. A small bound stands for it here."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
-    monkeypatch.setattr(transforms, "MAX_PIXELS", 2000)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 2000)
     data = saved(picture, "PNG")
     with pytest.raises(DecodeError, match="decompression bomb"):
         decode(data, max_pixels=6000)

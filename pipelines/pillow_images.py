@@ -1,0 +1,159 @@
+"""All image files but ordinary JPEGs: decoded by Pillow, or by others where it makes of them what no viewer shows."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+
+import cv2
+import numpy as np
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL.GifImagePlugin import GifImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from pipelines.pixels import ORIENTATION, DecodeError, Pixels, check_size, eight_bits_of_gray, turned
+
+# All but programs (EPS), and what Pillow decodes as it opens it, before anyone can ask for its size (icons)
+FORMATS = (
+    "JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "PSD", "PCX", "SGI", "QOI", "DDS",
+    "SUN", "TGA",
+)  # fmt: skip
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+WHITE_IS_ZERO = 0
+PNG_BITS = 24  # the byte that says how many a sample has
+TGA_BITS_AND_DESCRIPTION = 16, 17  # bytes: how many a pixel has, how many of these are alpha
+TIFF, BIG_TIFF = (b"II*\0", b"MM\0*", b"II+\0"), b"MM\0+"  # how they begin
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # one text or profile as all of them: 64 MB, not 1
+
+
+def decode_any(data: bytes, max_pixels: int) -> Pixels:
+    """Any image file as the RGB that a viewer shows. Raises DecodeError."""
+    try:
+        try:
+            if data.startswith(BIG_TIFF):  # Pillow warns, and then says that it does not know them
+                return _decode_tiff(data, max_pixels)
+            return _decode_with_pillow(data, max_pixels)
+        except UnidentifiedImageError:
+            if not data.startswith(TIFF):
+                raise
+            return _decode_tiff(data, max_pixels)
+    except UnidentifiedImageError:
+        raise DecodeError("not an image of a known format") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DecodeError(f"decompression bomb: {error}") from None
+    except (DecodeError, MemoryError):  # which is not the image's fault
+        raise
+    except Exception as error:  # Pillow's plug-ins raise whatever: RuntimeError, struct.error, zlib.error, ...
+        raise DecodeError(f"damaged image: {error}") from None
+
+
+def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
+    with open_image(data) as image:
+        check_size(image.height, image.width, max_pixels)
+        if isinstance(image, TiffImageFile) and image.tile[0].codec_name == "raw":
+            from pipelines.tiff import is_mistaken
+
+            if is_mistaken(image):
+                return _decode_tiff(data, max_pixels)
+        frame = image.tile[0].extents if isinstance(image, GifImageFile) else None
+        image.load()
+        orientation = orientation_of(image)  # after load(), which itself turns a TIFF
+        _spread_hidden_gray(image, data)
+        if _is_deep_png(image, data):
+            pixels = _from_deep_png(data)
+        else:
+            pixels = _to_rgb(image.convert("RGB") if _has_no_alpha(image, data) else image)
+        if frame is not None and frame != (0, 0, *image.size):
+            pixels = _alone_in_white(pixels, frame)
+    return turned(pixels, orientation)
+
+
+def _decode_tiff(data: bytes, max_pixels: int) -> Pixels:
+    from pipelines.tiff import open_tiff  # seldom needed
+
+    image, orientation = open_tiff(data, max_pixels)
+    return turned(_to_rgb(image), orientation)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An image of one of the FORMATS as Pillow opens it, not yet decoded.
+
+    Raises UnidentifiedImageError, and whatever Pillow's plug-ins raise.
+    """
+    return Image.open(io.BytesIO(data), formats=_known_formats())
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()  # not all versions have all
+    return tuple(each for each in FORMATS if each in Image.OPEN)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """By its EXIF, or where that does not tell, by its XMP. Unreadable EXIF is no EXIF."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception:  # struct.error, SyntaxError, ...
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Pixels:
+    if image.mode.startswith("I"):
+        return _from_deep_gray(image)
+    if image.mode == "F":
+        raise DecodeError("floating-point pixels have no known range")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return np.array(image.convert("RGB"))
+
+
+def _from_deep_gray(image: Image.Image) -> Pixels:
+    """16-bit gray (of a TIFF 9 to 15 bits, or 32 where a value needs it) to 8 bit, rounded. Pillow leaves it to others
+    what a TIFF says of its numbers, and which gray is transparent."""
+    gray, tags = np.asarray(image), image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    bits, kind = (int(tags.get(tag, (default,))[0]) for tag, default in ((BITS, 16), (SAMPLE_FORMAT, 1)))
+    if bits == 32 and kind == 1:
+        gray = gray.view(np.uint32)
+    eight = eight_bits_of_gray(gray, bits)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        eight = 255 - eight
+    if (hidden := image.info.get("transparency")) is not None:
+        eight[gray == hidden] = 255
+    return np.repeat(eight[..., None], 3, axis=2)
+
+
+def _has_no_alpha(image: Image.Image, data: bytes) -> bool:
+    """Of a TGA whose pixels have 16 bits, or 32 of which it says that none are alpha: Pillow takes them for that."""
+    bits, described = TGA_BITS_AND_DESCRIPTION
+    return image.format == "TGA" and image.mode == "RGBA" and (data[bits] == 16 or data[described] & 15 == 0)
+
+
+def _spread_hidden_gray(image: Image.Image, data: bytes) -> None:
+    """A PNG's 2 or 4 bits Pillow spreads to 8, but not those of the value that is transparent."""
+    if image.format == "PNG" and image.mode == "L" and "transparency" in image.info:
+        image.info["transparency"] *= 255 // (2 ** data[PNG_BITS] - 1)
+
+
+def _alone_in_white(pixels: Pixels, box: tuple[int, int, int, int]) -> Pixels:
+    """The first frame of a GIF: around it nothing is drawn yet, where Pillow shows the palette's first colour."""
+    left, top, right, bottom = box
+    shown = np.full_like(pixels, 255)
+    shown[top:bottom, left:right] = pixels[top:bottom, left:right]
+    return shown
+
+
+def _is_deep_png(image: Image.Image, data: bytes) -> bool:
+    """Whether it has 16 bits and a colour that is transparent, which Pillow looks for when it has cut them to 8."""
+    return image.format == "PNG" and image.mode == "RGB" and "transparency" in image.info and data[PNG_BITS] == 16
+
+
+def _from_deep_png(data: bytes) -> Pixels:
+    bgra = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if bgra is None or bgra.shape[2:] != (4,):
+        raise DecodeError("damaged image: a PNG of 16 bits whose transparent colour cannot be read")
+    rgb = (bgra[..., 2::-1] // 256).astype(np.uint8)  # as Pillow does with all other deep colours
+    rgb[bgra[..., 3] == 0] = 255
+    return rgb
