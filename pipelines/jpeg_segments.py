@@ -6,8 +6,12 @@ import re
 import struct
 from dataclasses import dataclass
 
+from pipelines.pixels import DecodeError
+
 EXIF, XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 TURNED = b"Orientation"  # a word of XMP
+BEGINNING = b"\xff\xd8\xff"  # of a JPEG, whatever its end is like
+MAX_SCANS = 100  # as libtiff has it; cameras and tools make a dozen
 SCAN, END = 0xDA, 0xD9  # kinds of segments
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
@@ -41,6 +45,12 @@ def read_header(data: bytes) -> JpegHeader:
             turned = True
         at += 2 + length
     return JpegHeader(turned or EXIF in data or TURNED in data, may_have_scans=True)
+
+
+def check_scans(data: bytes, header: JpegHeader) -> None:
+    """Raise DecodeError for a JPEG of more than MAX_SCANS, each of which takes as long as a whole image."""
+    if header.may_have_scans and has_more_scans(data, MAX_SCANS):
+        raise DecodeError(f"decompression bomb: a JPEG of more than {MAX_SCANS} scans")
 
 
 def has_more_scans(data: bytes, most: int) -> bool:

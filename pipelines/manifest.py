@@ -71,7 +71,7 @@ class Totals:
     further_parts: int = 0
     """Instances beyond the first of their annotation: more tiles show it"""
     dropped_parts: int = 0
-    """Of objects in tiles: left out, because too small a share of the object"""
+    """Of objects in tiles: left out, because a tile shows too little of them"""
 
     def __post_init__(self) -> None:
         check_sum("images", self.images, self.rows - self.further_tiles, self.rejects)

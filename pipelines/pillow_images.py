@@ -9,9 +9,18 @@ import cv2
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import PLANAR_CONFIGURATION, YCBCRSUBSAMPLING, TiffImageFile
 
-from pipelines.pixels import ORIENTATION, DecodeError, Pixels, check_size, eight_bits_of_gray, turned
+from pipelines.jpeg_segments import BEGINNING, check_scans, read_header
+from pipelines.pixels import (
+    ORIENTATION,
+    DecodeError,
+    Pixels,
+    check_size,
+    eight_bits_of_gray,
+    orientation_in_xmp,
+    turned,
+)
 
 # All but programs (EPS), and what Pillow decodes as it opens it, before anyone can ask for its size (icons)
 FORMATS = (
@@ -19,7 +28,7 @@ FORMATS = (
     "SUN", "TGA",
 )  # fmt: skip
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
-WHITE_IS_ZERO = 0
+WHITE_IS_ZERO, YCBCR, PLANES = 0, 6, 2  # values of these and others
 PNG_BITS = 24  # the byte that says how many a sample has
 TGA_BITS_AND_DESCRIPTION = 16, 17  # bytes: how many a pixel has, how many of these are alpha
 TIFF, BIG_TIFF = (b"II*\0", b"MM\0*", b"II+\0"), b"MM\0+"  # how they begin
@@ -50,14 +59,12 @@ def decode_any(data: bytes, max_pixels: int) -> Pixels:
 def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
     with open_image(data) as image:
         check_size(image.height, image.width, max_pixels)
-        if isinstance(image, TiffImageFile) and image.tile[0].codec_name == "raw":
-            from pipelines.tiff import is_mistaken
-
-            if is_mistaken(image):
-                return _decode_tiff(data, max_pixels)
+        if isinstance(image, TiffImageFile) and _is_mistaken(image):
+            return _decode_tiff(data, max_pixels)
         frame = image.tile[0].extents if isinstance(image, GifImageFile) else None
         image.load()
-        orientation = orientation_of(image)  # after load(), which itself turns a TIFF
+        # after load(), which itself turns a TIFF, and finds the texts of a PNG that come late
+        orientation = 1 if isinstance(image, TiffImageFile) else orientation_of(image)
         _spread_hidden_gray(image, data)
         if _is_deep_png(image, data):
             pixels = _from_deep_png(data)
@@ -66,6 +73,17 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
         if frame is not None and frame != (0, 0, *image.size):
             pixels = _alone_in_white(pixels, frame)
     return turned(pixels, orientation)
+
+
+def _is_mistaken(image: TiffImageFile) -> bool:
+    """Whether Pillow would make other pixels of a TIFF that it has opened: of numbers of 16 bits in planes, where they
+    are not compressed, it takes each byte for a number. Raises DecodeError where there is none who does better."""
+    tags = image.tag_v2
+    if image.tile[0].codec_name != "raw":
+        return False
+    if tags.get(PHOTOMETRIC) == YCBCR and tags.get(YCBCRSUBSAMPLING, (2, 2)) != (1, 1):
+        raise DecodeError("a TIFF of subsampled YCbCr without compression is not known: save it as RGB")
+    return tags.get(PLANAR_CONFIGURATION) == PLANES and max(tags.get(BITS, (1,))) > 8
 
 
 def _decode_tiff(data: bytes, max_pixels: int) -> Pixels:
@@ -78,8 +96,10 @@ def _decode_tiff(data: bytes, max_pixels: int) -> Pixels:
 def open_image(data: bytes) -> Image.Image:
     """An image of one of the FORMATS as Pillow opens it, not yet decoded.
 
-    Raises UnidentifiedImageError, and whatever Pillow's plug-ins raise.
+    Raises UnidentifiedImageError, DecodeError for a JPEG of too many scans, and whatever Pillow's plug-ins raise.
     """
+    if data.startswith(BEGINNING):
+        check_scans(data, read_header(data))
     return Image.open(io.BytesIO(data), formats=_known_formats())
 
 
@@ -91,12 +111,14 @@ def _known_formats() -> tuple[str, ...]:
 
 def orientation_of(image: Image.Image) -> int:
     """By its EXIF, or where that does not tell, by its XMP. Unreadable EXIF is no EXIF."""
+    told = None
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        told = image.getexif().get(ORIENTATION)
     except MemoryError:
         raise
-    except Exception:  # struct.error, SyntaxError, ...
-        return 1
+    except Exception:  # struct.error, SyntaxError, ...; then it does not look into the XMP
+        pass
+    return orientation_in_xmp(image.info.get("xmp", b"")) if told is None else int(told)
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
@@ -126,9 +148,11 @@ def _from_deep_gray(image: Image.Image) -> Pixels:
 
 
 def _has_no_alpha(image: Image.Image, data: bytes) -> bool:
-    """Of a TGA whose pixels have 16 bits, or 32 of which it says that none are alpha: Pillow takes them for that."""
+    """Of a TGA that says so, or whose colours take 16 bits: Pillow takes what is left for alpha."""
     bits, described = TGA_BITS_AND_DESCRIPTION
-    return image.format == "TGA" and image.mode == "RGBA" and (data[bits] == 16 or data[described] & 15 == 0)
+    if image.format != "TGA" or image.mode not in ("RGBA", "LA"):
+        return False
+    return data[described] & 15 == 0 or (image.mode == "RGBA" and data[bits] == 16)
 
 
 def _spread_hidden_gray(image: Image.Image, data: bytes) -> None:

@@ -33,6 +33,13 @@ def allow_pixels(max_pixels: int) -> None:
     Image.MAX_IMAGE_PIXELS = max(MAX_PIXELS, max_pixels)
 
 
+def orientation_in_xmp(xmp: bytes) -> int:
+    """What XMP says of it, if it does; as Pillow reads it where an image has no EXIF."""
+    image = Image.new("1", (1, 1))
+    image.info["xmp"] = xmp
+    return int(image.getexif().get(ORIENTATION, 1))
+
+
 def turned(image: Pixels, orientation: int) -> Pixels:
     """Turn and mirror as the EXIF orientation says (1: as stored, ... 8)."""
     if orientation in (5, 6, 7, 8):

@@ -77,7 +77,7 @@ class Receipt:
     further_parts: int = 0
     """Instances beyond the first of their annotation"""
     dropped_parts: int = 0
-    """Of objects in tiles: left out, because too small a share of the object"""
+    """Of objects in tiles: left out, because a tile shows too little of them"""
 
     def to_json(self) -> str:
         """For a row of Ray Data."""

@@ -37,7 +37,7 @@ from pipelines.storage_errors import (
 )
 
 DELETED_AT_ONCE = 1000  # S3's bound
-REMOVALS = 5  # of a folder that is being written to
+REMOVALS = 5  # of a folder that are borne while one file is written there
 S3_OF_OTHERS = ("s3a", "s3n")  # Hadoop's words for it, which fsspec knows, too: it would be used with other settings
 NO_PLACES = ("blockcache", "cached", "data", "filecache", "simplecache")  # fsspec's caches of others; bytes in a URI
 BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")  # as botocore has it
@@ -158,8 +158,8 @@ class Store:
         return True
 
     def _write_local(self, name: str, data: bytes, *, replace: bool) -> bool:
-        """Another process may remove the folder, with what is being written there, at any moment: as often as that
-        happens it is made again."""
+        """Another process may remove the folder, with what is being written there, at any moment: then it is made
+        again, a few times."""
         for _ in range(REMOVALS):
             with suppress(FileNotFoundError), self._part(name) as part:
                 part.write_bytes(data)

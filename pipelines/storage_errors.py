@@ -30,10 +30,15 @@ ASK_AGAIN = {408, 425, 429}  # a web server's words for "later"
 GONE = {404, 410}
 WEB_ERRORS = (BodyError, TimeoutError)  # of aiohttp, a server that cannot be reached among them
 # What stands before an @ where the host should be; a colon that no port follows: a secret key may hold slashes.
-LOGIN = re.compile(r"([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
+LOGIN = re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
+HALF_LOGIN = re.compile(r"(://[^/:@\[]*):(?!\d+(?:/|$))[^/@]*|(?<=http)(s?:?/+)[^/@]*@", re.IGNORECASE)  # mistyped
 QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*", re.IGNORECASE)
-WEB_ADDRESS = re.compile("https?://", re.IGNORECASE)  # in a line of a list also behind a quote, or another column
-NAMING = ("file", "gcs", "gs", "local", "memory", "s3", "s3a", "s3n")  # schemes whose files may have a ? in their names
+# Of addresses that a query may sign, in a line of a list also behind a quote or another column; and by what it says
+SIGNED = re.compile(
+    r"(?:https?|abfss?|adl|az|wasbs?)://[^?]*\?|\?[^?]*(?:sig|signature|token|credential|password|secret)=",
+    re.IGNORECASE,
+)
+LONGEST_URI = 8192  # characters, as web servers have it: more is no URI, and would take long to look through
 
 
 class FileRefusedError(PermissionError):
@@ -61,12 +66,11 @@ class UnreachableError(ValueError):
 
 
 def without_secrets(uri: str) -> str:
-    """A URI, or a line that should be one, as it may be stored and shown: no name and password, and no query, which
-    may sign it (az://...?sig=... too)."""
-    public = LOGIN.sub(r"\1", uri)
-    scheme, separator, _ = public.partition("://")
-    may_be_signed = WEB_ADDRESS.search(public) or (separator and scheme.strip().lower() not in NAMING)
-    return public.partition("?")[0] if may_be_signed else public
+    """A URI, or a line that should be one, as it may be stored and shown: no name and password, no query that may sign
+    it, and not more than is one."""
+    cut = uri if len(uri) <= LONGEST_URI else f"{uri[:LONGEST_URI]}..."
+    public = HALF_LOGIN.sub(lambda found: found[1] or found[2], LOGIN.sub(r"\1", cut))
+    return public.partition("?")[0] if SIGNED.search(public) else public
 
 
 @contextmanager

@@ -8,12 +8,11 @@ import simplejpeg
 import torch
 
 from pipelines.config import Encoding
-from pipelines.jpeg_segments import has_more_scans, read_header
+from pipelines.jpeg_segments import check_scans, read_header
 from pipelines.pillow_images import decode_any, open_image, orientation_of
 from pipelines.pixels import MAX_PIXELS, DecodeError, Pixels, check_size, turned
 
 PIXELS_VERSION = 3  # raised where the same file gives other pixels or masks: no build mixes shards of before and after
-MAX_SCANS = 100  # of a JPEG, as libtiff has it: cameras and tools make a dozen; each takes as long as a whole image
 JPEG_QUALITY = 95
 MAX_SIDE: dict[Encoding, int] = {"jpeg": 65_500, "png": 1_000_000}  # libjpeg's and libpng's bounds
 
@@ -36,8 +35,7 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels | None:
     """None where Pillow has to look at it: CMYK, sampling that simplejpeg does not know (a KeyError), or damage that
     libjpeg warns of and Pillow may forgive."""
     header = read_header(data)
-    if header.may_have_scans and has_more_scans(data, MAX_SCANS):
-        raise DecodeError(f"decompression bomb: a JPEG of more than {MAX_SCANS} scans")
+    check_scans(data, header)
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         check_size(height, width, max_pixels)

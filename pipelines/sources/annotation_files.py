@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from pycocotools import mask as coco_mask
 
 from mrcnn.structures import Category
-from pipelines.pillow_images import PNG_BITS, open_image
+from pipelines.pillow_images import BITS, PNG_BITS, open_image
 from pipelines.pixels import LONGEST_SIDE
 from pipelines.records import SourceError
 
@@ -70,14 +71,20 @@ def decode_ids(data: bytes, what: str = "annotation file") -> Ids:
             if image.mode not in ID_MODES:
                 raise SourceError(f"{what} is no image of ids: its pixels are {image.mode}")
             ids = np.asarray(image).astype(np.int32)
-            spread = 255 // (2 ** data[PNG_BITS] - 1) if image.format == "PNG" and image.mode == "L" else 1
-            return ids // spread  # which Pillow makes of 2 and 4 bits
+            return ids // (255 // (2 ** _bits(image, data) - 1)) if image.mode == "L" else ids
     except (SourceError, MemoryError):  # which is not the file's fault
         raise
     except UnidentifiedImageError:  # whose message differs each time
         raise SourceError(f"{what} is not an image of a known format") from None
     except Exception as error:  # Pillow's plug-ins raise whatever
         raise SourceError(f"{what} is a damaged image: {error}") from None
+
+
+def _bits(image: Image.Image, data: bytes) -> int:
+    """Of a gray image: what has 2 or 4, Pillow has spread to 8."""
+    if image.format == "PNG":
+        return data[PNG_BITS]
+    return int(image.tag_v2.get(BITS, (1,))[0]) if isinstance(image, TiffImageFile) else 8
 
 
 def object_of_mask(mask: NDArray[np.bool_], category: Category, *, id_: int, label: int, crowd: bool) -> dict[str, Any]:

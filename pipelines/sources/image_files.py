@@ -109,21 +109,22 @@ def no_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequence
 
 
 def _read_list(uri: str) -> SourceData:
-    names: dict[str, str] = {}  # in order, by what is read
+    names: dict[str, None] = {}  # in order
     rejects: list[Reject] = []
     for full, fault in listed_files(uri):
-        if full.removeprefix(LOCAL) in names:
+        if full in names:
             fault = LISTED_TWICE
         if fault is None:
-            names[full.removeprefix(LOCAL)] = full
+            names[full] = None
         else:
             rejects.append(Reject(printable(without_secrets(full)), None, "source", fault))
     store, name = split_uri(uri)
-    return named_images(ListedImages(f"{store.uri}/{name}"), [*names.values()], rejects=rejects)
+    return named_images(ListedImages(f"{store.uri}/{name}"), list(names), rejects=rejects)
 
 
 def listed_files(uri: str) -> Iterator[tuple[str, str | None]]:
-    """The files of a list by their full URIs, line by line, each with the reason why it cannot be read, if so.
+    """The files of a list by their full URIs (those on disk by their paths), line by line, each with the reason why it
+    cannot be read, if so.
 
     Raises FileNotFoundError where there are none, ValueError for a file that is no text.
     """
@@ -135,7 +136,7 @@ def listed_files(uri: str) -> Iterator[tuple[str, str | None]]:
             at += len(data)
             if line.strip():
                 is_empty = False
-                line = plain_name(line)
+                line = plain_name(line).removeprefix(LOCAL)
                 full = line if "://" in line or line.startswith("/") else f"{store.uri}/{line}"
                 yield full, _line_fault(line, full)
     if is_empty:

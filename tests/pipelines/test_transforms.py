@@ -17,11 +17,11 @@ from PIL import EpsImagePlugin, Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from pipelines import pixels, transforms
-from pipelines.jpeg_segments import has_more_scans, read_header
+from pipelines.jpeg_segments import MAX_SCANS, has_more_scans, read_header
 from pipelines.pixels import DecodeError, allow_pixels
 from pipelines.records import SourceError
 from pipelines.sources.annotation_files import decode_ids
-from pipelines.transforms import MAX_SCANS, decode, decode_stored, encode
+from pipelines.transforms import decode, decode_stored, encode
 
 SCAN = b"\xff\xda"
 
@@ -133,6 +133,16 @@ def test_unreadable_exif_is_none(picture: Image.Image, format_: str, broken: byt
     np.testing.assert_array_equal(decode(saved(picture, format_, exif=b"Exif\0\0" + broken, **options)), plain)
 
 
+@pytest.mark.parametrize("broken", [b"Exif\0\0broken", b"Exif\0\0MM\0*"])
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+def test_xmp_counts_beside_unreadable_exif(picture: Image.Image, format_: str, broken: bytes) -> None:
+    options: dict[str, Any] = {"xmp": XMP}
+    if format_ == "PNG":
+        options = {"pnginfo": PngInfo()}
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", XMP.decode())
+    assert decode(saved(picture, format_, exif=broken, **options)).shape == (90, 60, 3)
+
+
 def tga_of(pixels: np.ndarray, bits: int, alpha_bits: int) -> bytes:
     """(H, W) numbers of so many bits, of which it says that some are alpha; its first row is at the top."""
     height, width = pixels.shape
@@ -152,6 +162,22 @@ def test_bits_of_a_tga_that_are_no_alpha() -> None:
     for high in (0, 0x8000):
         for alpha_bits in (0, 1):
             np.testing.assert_array_equal(decode(tga_of(small | high, 16, alpha_bits)), shown)
+
+
+def test_gray_of_a_tga_without_alpha() -> None:
+    head = struct.pack("<BBBHHBHHHHBB", 0, 0, 3, 0, 0, 0, 0, 0, 2, 1, 16, 0x20)
+    np.testing.assert_array_equal(decode(head + bytes([7, 0, 200, 0]))[0, :, 0], [7, 200])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_ids_of_a_tiff_are_the_numbers_that_are_stored(bits: int) -> None:
+    ids = np.arange(2 ** min(bits, 4)).reshape(-1, 2)
+    single = np.unpackbits(ids.astype(np.uint8)[..., None], axis=2)[..., -bits:].reshape(len(ids), -1)
+    packed = np.packbits(single, axis=1).tobytes()
+    tags = {256: 2, 257: len(ids), 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: len(ids), 279: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(packed))
+    np.testing.assert_array_equal(decode_ids(head + packed + struct.pack("<H", len(tags)) + entries + bytes(4)), ids)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -343,6 +369,13 @@ def test_a_jpeg_of_too_many_scans_is_a_bomb() -> None:
     for times in (MAX_SCANS - few + 1, 5000):
         with pytest.raises(DecodeError, match="decompression bomb: a JPEG of more than 100 scans"):
             decode(with_scans(data, times))
+        for end in (b"\0", b"\n", data[-2:]):  # simplejpeg knows it for none, Pillow does
+            with pytest.raises(DecodeError, match="of more than 100 scans"):
+                decode(with_scans(data, times) + end)
+        with pytest.raises(DecodeError, match="of more than 100 scans"):
+            decode(with_scans(data, times)[:-2])
+        with pytest.raises(SourceError, match="of more than 100 scans"):
+            decode_ids(with_scans(data, times))
     hidden = struct.pack(">BBH", 0xFF, 0xFE, 4) + b"\xff\xd9"  # a comment with the mark of an image's end
     last = data.rindex(SCAN)
     with pytest.raises(DecodeError, match="scans"):
