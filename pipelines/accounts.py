@@ -152,7 +152,7 @@ def _share(rejected: int, inputs: int, what: str) -> str:
 def _breakdown(rejects: Sequence[Reject | RejectedAnnotation]) -> str:
     reasons = by_reason((each.stage, each.reason) for each in rejects)
     counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
-    examples = "; ".join(f"{each.uri}: {each.reason}" for each in rejects[:EXAMPLES])
+    examples = "; ".join(f"{each.uri}: {each.reason}" if each.uri else each.reason for each in rejects[:EXAMPLES])
     return f" ({counts}), such as {examples}" if rejects else ""
 
 

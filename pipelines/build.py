@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import PurePosixPath
@@ -27,9 +28,19 @@ from pipelines.accounts import (
     read_accounts,
     reasons_in,
 )
-from pipelines.build_folder import SOURCE_REJECTS, VERSIONS, check_free, claim, clear, forget, not_as_stated, tidy
+from pipelines.build_folder import (
+    SOURCE_REJECTS,
+    VERSIONS,
+    check_free,
+    claim,
+    clear,
+    forget,
+    not_as_stated,
+    shards_gone,
+    tidy,
+)
 from pipelines.config import BuildConfig
-from pipelines.manifest import LostError, Manifest, Totals
+from pipelines.manifest import LostError, Manifest, ShardInfo, Totals
 from pipelines.records import ImageRecord, SourceData
 from pipelines.rows import Scale
 from pipelines.schema import SCHEMA_VERSION
@@ -105,10 +116,12 @@ class Folder:
     plan: dict[str, Any]
     receipts: dict[str, Receipt] | None
     """Of the shards that are there already; None where it is finished"""
+    gone: Mapping[str, ShardInfo] = field(default_factory=dict)
+    """Shards that a finished one has lost since: they are made again, as the manifest states them"""
 
     def lacks(self, shard: str) -> bool:
         """Whether a shard is to be made."""
-        return self.receipts is not None and shard not in self.receipts
+        return shard in self.gone if self.receipts is None else shard not in self.receipts
 
 
 @dataclass(frozen=True)
@@ -175,6 +188,9 @@ def prepare(config: BuildConfig) -> PreparedBuild:
 
 def _folder(config: BuildConfig, source: SourceData, scale: Scale, shards: Shards) -> Folder:
     plan, out = _plan(config, source, scale), scale.out
+    if gone := shards_gone(out, plan, shards):
+        _check_finished(out, config)
+        return Folder(out, plan, None, gone)
     receipts = claim(out, plan, {name: versions_sha256(records) for name, records in shards.items()})
     if receipts is None:
         _check_finished(out, config)
@@ -202,6 +218,7 @@ def run_build(prepared: PreparedBuild) -> BuildSummary:
         if folder.receipts is not None:
             receipts = folder.receipts | new
             _conclude(prepared, folder, [receipts[name] for name in prepared.shards if name in receipts])
+        _check_same(folder, new)
         tidy(folder.out)
     seconds = prepared.seconds + time.monotonic() - start
     first, *more = (_summary(folder.out, new, seconds) for folder, new in zip(prepared.folders, made, strict=True))
@@ -284,6 +301,17 @@ def _conclude(prepared: PreparedBuild, folder: Folder, receipts: list[Receipt]) 
     if missing or len(shards) != len(prepared.shards):
         raise LostError(f"{out.uri}: {missing or 'shards'} are not as they were written: run the same command again")
     Manifest(prepared.source.categories, folder.plan, shards, totals, reject_lists=lists).write(out)
+
+
+def _check_same(folder: Folder, made: Mapping[str, Receipt]) -> None:
+    """Raise ValueError where a shard that was lost has become another one; it does not stay."""
+    if others := [name for name, stated in folder.gone.items() if name in made and made[name].info != stated]:
+        for name in others:
+            folder.out.remove(name)
+        raise ValueError(
+            f"{folder.out.uri}: {', '.join(others)} cannot be made again as the manifest states it: its images have "
+            "changed since. Give a new --out"
+        )
 
 
 def _refuse(out: Store, excess: str, accounts: Accounts) -> NoReturn:

@@ -60,9 +60,24 @@ def claim(out: Store, plan: dict[str, Any], shards: Mapping[str, str]) -> dict[s
     if theirs is None or (FILE_NAME not in sizes and out.exists(FILE_NAME)):
         return _claim_again(out, plan, shards=shards, created=created)
     _refuse_other(out, theirs, begun)
-    if FILE_NAME in sizes:  # shards or lists have gone since: make the build again, and let nobody read it meanwhile
+    if FILE_NAME in sizes:  # lists have gone since: make the build again, and let nobody read it meanwhile
         out.remove(FILE_NAME)
     return _receipts(out, sizes, shards)
+
+
+def shards_gone(out: Store, plan: dict[str, Any], shards: Collection[str]) -> dict[str, ShardInfo]:
+    """What the manifest states of the shards that this very build, finished, has lost since. None where it has lost
+    lists of rejects, too: they are made of what all tasks tell."""
+    sizes = sizes_in(out)
+    if FILE_NAME not in sizes:
+        return {}
+    manifest = Manifest.read(out)
+    stated = {each.name: each for each in manifest.shards}
+    if _different(manifest.build, plan) or stated.keys() != set(shards) or not manifest.reject_lists:
+        return {}
+    if not_as_stated(sizes, manifest.reject_lists):
+        return {}
+    return {name: stated[name] for name in not_as_stated(sizes, manifest.shards)}
 
 
 def _claim_again(
@@ -108,13 +123,16 @@ def _refuse_unknown(out: Store, sizes: dict[str, int]) -> None:
         raise ValueError(f"{out.uri} holds shards of an unknown build: choose another --out, or empty this one")
 
 
-def _refuse_other(out: Store, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    different = [
+def _different(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    return [
         f"{key} {theirs.get(key)!r} there, {ours.get(key)!r} here"
         for key in dict.fromkeys([*ours, *theirs])
         if (theirs.get(key) or None) != (ours.get(key) or None)  # what is not said is not set
     ]
-    if different:
+
+
+def _refuse_other(out: Store, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    if different := _different(theirs, ours):
         raise ValueError(
             f"{out.uri} holds another build ({'; '.join(different)}): choose another --out, or empty this one"
         )

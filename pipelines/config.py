@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 Encoding = Literal["raw", "jpeg", "png"]
 Format = Literal["coco", "cityscapes", "voc", "labelme", "images"]
+SMALLEST_TILE = 32  # pixels, as for predictions
 MOST_PIXELS = (2**31 - 1) // 3  # raw, in a column with 32-bit offsets
 FORMATS: tuple[str, ...] = get_args(Format)
 
@@ -93,10 +94,11 @@ class BuildConfig:
                 f"sides are {', '.join(large)}: their product must be at most {MOST_PIXELS}, whose bytes a row can "
                 "just hold; the paper has 800 x 1333"
             )
-        if self.tile and not 0 <= self.tile_overlap < self.tile:
+        too_small = self.tile and (self.tile < SMALLEST_TILE or self.tile <= self.tile_overlap)
+        if too_small or self.tile_overlap < 0:
             raise ValueError(
-                f"tile is {self.tile} and tile overlap {self.tile_overlap}: give a side larger than the overlap, "
-                "such as 1024 and 128, or tile 0 to cut nothing"
+                f"tile is {self.tile} and tile overlap {self.tile_overlap}: give a side of at least {SMALLEST_TILE} "
+                "pixels, larger than the overlap, which is at least 0, such as 1024 and 128, or tile 0 to cut nothing"
             )
         if not 0 <= self.tile_min_share <= 1:
             raise ValueError(f"tile min share is {self.tile_min_share}, but must be from 0 to 1: 0.25 is a quarter")
@@ -108,7 +110,7 @@ class BuildConfig:
     def _check_source(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"format is {self.format!r}, but must be one of {', '.join(FORMATS)}")
-        if self.format == "coco" and self.annotations is None:
+        if self.format == "coco" and not self.annotations:
             raise ValueError("--annotations is missing: format coco needs its JSON; --format images has no annotations")
         owners = {"annotations": ("coco",), "split": ("cityscapes", "voc"), "classes": ("labelme",)}
         for option, formats in owners.items():

@@ -85,12 +85,21 @@ class DataSummary:
     def __str__(self) -> str:
         return "\n".join([*self._head(), "", *self._ranges(), "", *self._objects(), "", *self._classes()]).rstrip()
 
+    @property
+    def _row(self) -> str:
+        return "a tile" if self.manifest.totals.further_tiles else "an image"
+
+    @property
+    def _rows(self) -> str:
+        return "tiles" if self.manifest.totals.further_tiles else "images"
+
     def _head(self) -> Iterator[str]:
         manifest, tally = self.manifest, self.tally
         totals, size = manifest.totals, sum(shard.bytes for shard in manifest.shards)
         encodings = ", ".join(f"{count} {name}" for name, count in tally.encodings.most_common())
         yield f"{self.uri}: format {manifest.build.get('format', 'coco')}, from {manifest.build.get('images')}"
-        yield f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB ({size / max(totals.rows, 1) / 1e3:.0f} kB an image)"
+        one = f"{size / max(totals.rows, 1) / 1e3:.0f} kB {self._row}"
+        yield f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB ({one})"
         tiles = f", of which {totals.further_tiles} are further tiles" if totals.further_tiles else ""
         yield f"{totals.images} images: {totals.rows} rows ({encodings}{tiles}), {totals.rejects} rejected"
         yield from (f"{count:>9} x {reason}" for reason, count in self.rejects_by_reason.items())
@@ -106,12 +115,13 @@ class DataSummary:
             widths[width] += count
             ratios[round(width / height, 2)] += count
         objects = Counter[float](self.tally.objects_of_images)
-        yield f"{'of an image':<20}{'min':>9}{'median':>9}{'max':>9}"
+        yield f"{f'of {self._row}':<20}{'min':>9}{'median':>9}{'max':>9}"
         for name, counts in (("height", heights), ("width", widths), ("width / height", ratios), ("objects", objects)):
             yield f"{name:<20}" + "".join(f"{each:>9g}" for each in _range(counts))
         tall = sum(count for (height, width), count in sizes.items() if height > width)
         square = sum(count for (height, width), count in sizes.items() if height == width)
-        yield f"{tall} images are taller than wide, {square} square, {sizes.total() - tall - square} wider than tall"
+        wide = sizes.total() - tall - square
+        yield f"{tall} {self._rows} are taller than wide, {square} square, {wide} wider than tall"
 
     def _objects(self) -> Iterator[str]:
         tally, count = self.tally, max(self.tally.objects.total(), 1)
@@ -121,7 +131,7 @@ class DataSummary:
         yield f"{'crowds':<30}{tally.crowds:>9}"
         yield f"{'without mask':<30}{tally.without_mask:>9}"
         yield f"{'with keypoints':<30}{tally.with_keypoints:>9}"
-        yield f"{'images without objects':<30}{tally.objects_of_images[0]:>9}"
+        yield f"{f'{self._rows} without objects':<30}{tally.objects_of_images[0]:>9}"
 
     def _classes(self) -> Iterator[str]:
         """Most frequent first; those of which there is none last."""
@@ -129,7 +139,7 @@ class DataSummary:
         named = [(label, category) for label, category in enumerate(self.manifest.categories, start=1)]
         named.sort(key=lambda each: (-tally.objects[each[0]], each[0]))
         if named:
-            yield f"{'label':>5} {'id':>5}  {'class':<24}{'objects':>9}{'share':>8}{'images':>9}"
+            yield f"{'label':>5} {'id':>5}  {'class':<24}{'objects':>9}{'share':>8}{self._rows:>9}"
         for label, category in named[:CLASSES_TOLD]:
             objects = tally.objects[label]
             yield (

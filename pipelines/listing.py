@@ -22,7 +22,7 @@ Listed = tuple[str, int, str]
 class Walk:
     """All files below a folder, as they are listed: sorted by folder, hidden ones too.
 
-    With `follow_links` local folders elsewhere that links lead to are listed, too, each once.
+    With `follow_links` local folders elsewhere that links lead to are listed, too, each once; else they are no files.
     """
 
     filesystem: Any
@@ -41,15 +41,15 @@ class Walk:
             name, found = next(levels[-1], ("", None))
             if found is None:
                 levels.pop()
-            elif found["type"] != "directory" and not self._is_followed(name):
+            elif found["type"] != "directory" and not self._leads_out(name, found):
                 change = next((found[key] for key in CHANGES if found.get(key)), "")
                 yield name, int(found["size"] or 0), str(change)
-            elif self.below:
+            elif self.below and (found["type"] == "directory" or self.follow_links):
                 levels.append(self._list_folder(f"{name}/", seen))
 
-    def _is_followed(self, name: str) -> bool:
-        """Whether what is listed as a file is a link to a folder elsewhere, to be looked into."""
-        return self.follow_links and leads_out(self.root, f"{self.root}/{name}")
+    def _leads_out(self, name: str, found: dict[str, Any]) -> bool:
+        """Whether what the file system calls no folder is a link to a folder elsewhere: see `linked_folders`."""
+        return bool(found.get("islink")) and leads_out(self.root, f"{self.root}/{name}")
 
     def _list_folder(self, folder: str, seen: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         """What is in one folder, by its names, sorted. `seen`, where links are followed: the folders so far, so that

@@ -16,7 +16,7 @@ from s3fs.core import S3_RETRYABLE_ERRORS
 
 from pipelines.filesystems import BODY_ATTEMPTS, filesystem
 from pipelines.local_files import check_bytes
-from pipelines.storage_errors import ChangedFileError, UnreachableError, endpoint_hint, plain_errors
+from pipelines.storage_errors import ChangedFileError, UnreachableError, endpoint_hint, plain_errors, s3_code
 
 SINGLE_PUT = 5 * 2**30  # bytes, S3's bound. Parts of a larger file would stay, unseen but paid for, if its writer died
 
@@ -43,7 +43,12 @@ def _get(path: str, part: dict[str, str], *, at_most: int | None = None, etag: s
 async def _read_object(fs: Any, request: dict[str, str], at_most: int | None, etag: str) -> bytes:
     uri = f"s3://{request['Bucket']}/{request['Key']}"
     for attempt in range(1, BODY_ATTEMPTS + 1):
-        answer = await fs._call_s3("get_object", **request)
+        try:
+            answer = await fs._call_s3("get_object", **request)
+        except OSError as error:
+            if etag and s3_code(error) == "InvalidRange":  # it is shorter now
+                raise ChangedFileError(f"{uri} was changed while it was being read") from None
+            raise
         body = answer["Body"]
         try:
             check_bytes(uri, answer.get("ContentLength", 0), at_most)

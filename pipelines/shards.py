@@ -282,8 +282,12 @@ class ShardReader:
             with plain_errors(uri):
                 status = Path(uri).stat()
         except FileNotFoundError:
-            raise FileNotFoundError(f"{uri} is gone, but belongs to this data set: build the data again") from None
+            raise self._gone() from None
         return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _gone(self) -> FileNotFoundError:
+        uri = self._store.uri_of(self._info.name)
+        return FileNotFoundError(f"{uri} is gone, but belongs to this data set: build the data again")
 
     def _fetch(self, start: int, length: int) -> pa.Buffer:
         if self._store.is_local:
@@ -295,6 +299,8 @@ class ShardReader:
             data = self._store.read_range(self._info.name, start, length, self._etag)
         except ChangedFileError:
             raise self.damaged(CHANGED) from None
+        except FileNotFoundError:
+            raise self._gone() from None
         if len(data) != length:
             raise self.damaged(f"it ends at byte {start + len(data)}, {start + length} are needed")
         return pa.py_buffer(data)

@@ -83,7 +83,7 @@ class Store:
 
     def uri_of(self, name: str) -> str:
         """Full URI of a file."""
-        return f"{self.uri}/{check_name(name)}"
+        return f"{self.uri.rstrip('/')}/{check_name(name)}"  # of a local root, too
 
     def join(self, name: str) -> Store:
         """The store of a folder below."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from aiohttp import ClientConnectorDNSError, ClientResponseError
 from aiohttp import ClientError as BodyError
-from aiohttp import ClientResponseError
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -28,6 +29,7 @@ REFUSED = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EMSGSIZE, getattr(errn
 OF_CREDENTIALS = {"ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"}
 ASK_AGAIN = {408, 425, 429}  # a web server's words for "later"
 GONE = {404, 410}
+NO_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}  # not EAI_AGAIN: nobody knows now
 WEB_ERRORS = (BodyError, TimeoutError)  # of aiohttp, a server that cannot be reached among them
 # What stands before an @ where the host should be; a colon that no port follows: a secret key may hold slashes.
 LOGIN = re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
@@ -85,7 +87,7 @@ def plain_errors(uri: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if (answer := _web_answer(error)) is not None:
             raise _web_error(uri, answer) from None
-        if _code(error) == "NoSuchBucket":
+        if s3_code(error) == "NoSuchBucket":
             bucket = "/".join(uri.split("/")[:3])
             raise FileNotFoundError(
                 f"there is no bucket {bucket}{endpoint_hint(uri)}: make it, or name another"
@@ -94,7 +96,7 @@ def plain_errors(uri: str) -> Iterator[None]:
     except (NoCredentialsError, PartialCredentialsError, ProfileNotFound):
         raise PermissionError(f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
     except PermissionError as error:
-        kind = CredentialsError if _code(error) in OF_CREDENTIALS else PermissionError
+        kind = CredentialsError if s3_code(error) in OF_CREDENTIALS else PermissionError
         raise kind(_refusal(uri, error)) from None
     except ClientResponseError as error:
         raise _web_error(uri, error) from None
@@ -138,7 +140,7 @@ def endpoint_hint(uri: str) -> str:
     )
 
 
-def _code(error: OSError) -> str:
+def s3_code(error: OSError) -> str:
     """What S3 calls the error; empty where it is not from S3."""
     answer = error.__cause__
     return str(answer.response.get("Error", {}).get("Code", "")) if isinstance(answer, ClientError) else ""
@@ -168,6 +170,8 @@ def _refusal(uri: str, error: PermissionError) -> str:
 def _other_error(uri: str, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return FileNotFoundError(f"there is no file {uri}: the name is too long")
+    if isinstance(error, ClientConnectorDNSError) and error.os_error.errno in NO_HOST:
+        return UnfitFileError(uri, "there is no such host")
     if isinstance(error, ParamValidationError):
         return ValueError(f"{uri} is not a valid URI: write s3://bucket/prefix")
     if isinstance(error, OSError) and error.errno in FULL:

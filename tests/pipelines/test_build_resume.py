@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import ray
 from inline import run_inline
+from PIL import Image
 
 from jobs.cluster import ray_session
 from pipelines import build as build_module
@@ -200,12 +202,74 @@ def test_two_threads_build_the_same_with_ray(
 
 @pytest.mark.usefixtures("here")
 def test_a_shard_that_is_gone_or_cut_is_made_again(toy_config: BuildConfig, toy_shards: str, tmp_path: Path) -> None:
+    """And no other: the manifest stands, and says what it has to become."""
     config = replace(toy_config, out=str(tmp_path))
     build(config)
+    others = [path for path in tmp_path.iterdir() if path.name != "shard-00001.arrow"]
+    before = [path.stat() for path in others]
     for spoil in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-8])):
         spoil(tmp_path / "shard-00001.arrow")
-        assert build(config).shards_made == 4
+        summary = build(config)
+        assert (summary.shards_made, summary.shards) == (1, 4)
         assert checksums(config.out) == checksums(toy_shards)
+        assert [(each.st_ino, each.st_mtime_ns) for each in before] == [
+            (path.stat().st_ino, path.stat().st_mtime_ns) for path in others
+        ]
+    assert build(config).shards_made == 0
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_lost_shards_are_made_wherever_that_ends(
+    toy_config: BuildConfig, toy_shards: str, where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    out = str(tmp_path) if where == "disk" else f"{request.getfixturevalue('s3')}/lost"
+    expected, config = checksums(toy_shards), replace(toy_config, out=out)
+    build(config)
+    for number in range(40):
+        for name in ("shard-00000.arrow", "shard-00002.arrow"):
+            open_store(out).remove(name)
+        try:
+            with crashing(ON_DISK if where == "disk" else ON_S3, number, after=bool(number % 2)) as made:
+                build(config)
+        except Crash:
+            pass
+        assert checksums(out)["manifest.json"] == expected["manifest.json"]
+        build(config)
+        assert checksums(out) == expected
+        if len(made) <= number:
+            break
+    assert number > (5 if where == "disk" else 3)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_lost_shard_that_would_become_another_is_told(toy_config: BuildConfig, tmp_path: Path) -> None:
+    """Of COCO's images, which are taken as unchanging."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(toy_config.images, source)
+    config = replace(toy_config, images=str(source), out=str(out))
+    build(config)
+    manifest = (out / "manifest.json").read_bytes()
+    (out / "shard-00001.arrow").unlink()
+    for path in source.iterdir():
+        with Image.open(path) as image:
+            size = image.size
+        Image.new("RGB", size, "red").save(path)
+    with pytest.raises(ValueError, match=r"shard-00001\.arrow cannot be made again as the manifest states it: its ima"):
+        build(config)
+    assert (out / "manifest.json").read_bytes() == manifest
+    assert not (out / "shard-00001.arrow").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_one_size_of_several_may_lose_shards(toy_config: BuildConfig, tmp_path: Path) -> None:
+    config = replace(toy_config, out=str(tmp_path), more_sides=(32,))
+    build(config)
+    expected = checksums(config.out)
+    (tmp_path / "32/shard-00003.arrow").unlink()
+    summary = build(config)
+    assert (summary.shards_made, summary.more[0].shards_made) == (0, 1)
+    assert checksums(config.out) == expected
 
 
 @pytest.mark.usefixtures("here")

@@ -284,6 +284,7 @@ def test_lists_that_are_none(tmp_path: Path, data: bytes, error: type[Exception]
     ("settings", "message"),
     [
         ({}, "--annotations is missing: format coco needs its JSON"),
+        ({"annotations": ""}, "--annotations is missing: format coco needs its JSON"),
         ({"format": "pdf"}, "format is 'pdf', but must be one of coco, cityscapes, voc, labelme, images"),
         ({"format": "voc", "annotations": "a.json"}, "--annotations is for coco, not for voc: leave it out"),
         ({"format": "images", "split": "val"}, "--split is for cityscapes and voc, not for images"),

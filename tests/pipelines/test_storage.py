@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import subprocess
 import time
 import tracemalloc
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import ClientConnectorDNSError
+from aiohttp.client_reqrep import ConnectionKey
 from faulty_proxy import Fault, faulty_proxy
+from fsspec.implementations.http import HTTPFileSystem
 
 from pipelines import local_files
 from pipelines.filesystems import ATTEMPTS, BODY_ATTEMPTS
 from pipelines.storage import Store, open_store, read_uri
-from pipelines.storage_errors import FileRefusedError
+from pipelines.storage_errors import FileRefusedError, UnfitFileError, UnreachableError
 
 NAMES = ["a/deep/one.jpg", "a/two.JPG", "b.txt", "with space/ünicode.png"]
 
@@ -269,6 +273,47 @@ def test_links_are_found_in_folders_of_any_depth_and_among_links_to_themselves(
     below = f"{deepest.relative_to(images)}/"
     assert names == sorted(["away", f"{below}away", f"{below}zz/away", "zz/away"])
     assert list(open_store(str(tmp_path / "none")).linked_folders()) == []
+
+
+def test_a_link_to_a_folder_elsewhere_is_no_file(tmp_path: Path) -> None:
+    """`linked_folders` tells of it: it would be counted twice. A link within is a file, which cannot be read."""
+    images, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for folder in (images / "in", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "b.jpg").touch()
+    (images / "a.jpg").touch()
+    (images / "photos.jpg").symlink_to(elsewhere)
+    (images / "other").symlink_to(elsewhere)
+    (images / "file.jpg").symlink_to(elsewhere / "b.jpg")
+    (images / "within.jpg").symlink_to(images / "in")
+    store = open_store(str(images))
+    assert list(store.list()) == ["a.jpg", "file.jpg", "in/b.jpg", "within.jpg"]
+    assert sorted(store.linked_folders()) == ["other", "photos.jpg"]
+    followed = [name for name, _ in store.versions(follow_links=True)]
+    assert followed == ["a.jpg", "file.jpg", "in/b.jpg", "other/b.jpg", "within.jpg"]  # each folder once
+
+
+def test_the_root_folder_has_one_slash() -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no file /no-such-file$"):
+        read_uri("/no-such-file")
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(socket.EAI_NONAME, "no such host"), (socket.EAI_AGAIN, "cannot be used")]
+)
+def test_a_host_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, number: int, told: str) -> None:
+    """Is the fault of one line of a list; that nobody knows of any host now is not."""
+    key = ConnectionKey("host.invalid", 80, False, False, None, None, None)
+
+    def asked(*_: Any, **__: Any) -> None:
+        raise ClientConnectorDNSError(key, OSError(number, "of the test"))
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(HTTPFileSystem, "cat_file", asked)
+    with pytest.raises(ValueError, match=told) as error:
+        read_uri("http://host.invalid/a.jpg")
+    assert isinstance(error.value, UnfitFileError) == (number == socket.EAI_NONAME)
+    assert isinstance(error.value, UnreachableError) == (number == socket.EAI_AGAIN)
 
 
 def test_sizes_that_a_web_server_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:

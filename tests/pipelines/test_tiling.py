@@ -362,6 +362,8 @@ def test_cropping_nothing_is_nothing() -> None:
         ({"tile": 128, "tile_overlap": 128}, "tile is 128 and tile overlap 128"),
         ({"tile": -1}, "tile is -1"),
         ({"tile": 128, "tile_overlap": -1}, "tile overlap -1"),
+        ({"tile": 0, "tile_overlap": -5}, "tile overlap -5"),
+        ({"tile": 31, "tile_overlap": 0}, "give a side of at least 32 pixels"),
         ({"tile_min_share": 1.5}, "tile min share is 1.5"),
         ({"shorter_side": -1}, "shorter side is -1"),
         ({"shorter_side": 40_000, "longer_side": 40_000}, "sides are 40000 x 40000: .* at most 715827882"),
