@@ -33,7 +33,7 @@ NO_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)} 
 WEB_ERRORS = (BodyError, TimeoutError)  # of aiohttp, a server that cannot be reached among them
 # What stands before an @ where the host should be; a colon that no port follows: a secret key may hold slashes.
 LOGIN = re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
-HALF_LOGIN = re.compile(r"(://[^/:@\[]*):(?!\d+(?:/|$))[^/@]*|(?<=http)(s?:?/+)[^/@]*@", re.IGNORECASE)  # mistyped
+HALF_LOGIN = re.compile(r"(://[^/:@\[]*):(?!\d+(?:/|$))[^/@]*|(?<=http)(s?:/+|s?//+)[^/@]*@", re.IGNORECASE)  # mistyped
 QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*", re.IGNORECASE)
 # Of addresses that a query may sign, in a line of a list also behind a quote or another column; and by what it says
 SIGNED = re.compile(

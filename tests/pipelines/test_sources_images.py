@@ -190,6 +190,7 @@ def test_secrets_of_lines_that_are_no_uris_neither(tmp_path: Path) -> None:
     [
         "s3://bucket/what?.jpg", "/disk/what?.jpg", "gs://bucket/what?.jpg", "what?.jpg", "sftp://host:22/a?1.jpg",
         "http://host:8080/a:b@c.jpg", "http://[::1]:80/a.jpg", "s3://bucket/a:b.jpg", "C:/a.jpg",
+        "/data/http/me@home/a.jpg", "gs://bucket/https/me@home.jpg",
     ],
 )  # fmt: skip
 def test_what_is_no_secret_stays(uri: str) -> None:
