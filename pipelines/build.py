@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import PurePosixPath
@@ -31,16 +31,16 @@ from pipelines.accounts import (
 from pipelines.build_folder import (
     SOURCE_REJECTS,
     VERSIONS,
+    Found,
     check_free,
     claim,
     clear,
     forget,
     not_as_stated,
-    shards_gone,
     tidy,
 )
 from pipelines.config import BuildConfig
-from pipelines.manifest import LostError, Manifest, ShardInfo, Totals
+from pipelines.manifest import LostError, Manifest, Totals
 from pipelines.records import ImageRecord, SourceData
 from pipelines.rows import Scale
 from pipelines.schema import SCHEMA_VERSION
@@ -114,14 +114,12 @@ class Folder:
 
     out: Store
     plan: dict[str, Any]
-    receipts: dict[str, Receipt] | None
-    """Of the shards that are there already; None where it is finished"""
-    gone: Mapping[str, ShardInfo] = field(default_factory=dict)
-    """Shards that a finished one has lost since: they are made again, as the manifest states them"""
+    found: Found
 
     def lacks(self, shard: str) -> bool:
         """Whether a shard is to be made."""
-        return shard in self.gone if self.receipts is None else shard not in self.receipts
+        found = self.found
+        return shard in found.gone if found.receipts is None else shard not in found.receipts
 
 
 @dataclass(frozen=True)
@@ -188,18 +186,16 @@ def prepare(config: BuildConfig) -> PreparedBuild:
 
 def _folder(config: BuildConfig, source: SourceData, scale: Scale, shards: Shards) -> Folder:
     plan, out = _plan(config, source, scale), scale.out
-    if gone := shards_gone(out, plan, shards):
+    found = claim(out, plan, {name: versions_sha256(records) for name, records in shards.items()})
+    if found.receipts is None:
         _check_finished(out, config)
-        return Folder(out, plan, None, gone)
-    receipts = claim(out, plan, {name: versions_sha256(records) for name, records in shards.items()})
-    if receipts is None:
-        _check_finished(out, config)
-    else:
-        if excess := account(source).excess(config):
-            _refuse(out, excess, account(source, receipts.values()))
-        if account(source, receipts.values(), complete=len(receipts) == len(shards)).excess(config):
-            receipts = _without_rejects(out, receipts)
-    return Folder(out, plan, receipts)
+        return Folder(out, plan, found)
+    receipts = found.receipts
+    if excess := account(source).excess(config):
+        _refuse(out, excess, account(source, receipts.values()))
+    if account(source, receipts.values(), complete=len(receipts) == len(shards)).excess(config):
+        receipts = _without_rejects(out, receipts)
+    return Folder(out, plan, Found(receipts))
 
 
 def _check_finished(out: Store, config: BuildConfig) -> None:
@@ -215,8 +211,8 @@ def run_build(prepared: PreparedBuild) -> BuildSummary:
     start = time.monotonic()
     made = _run(prepared)
     for folder, new in zip(prepared.folders, made, strict=True):
-        if folder.receipts is not None:
-            receipts = folder.receipts | new
+        if folder.found.receipts is not None:
+            receipts = folder.found.receipts | new
             _conclude(prepared, folder, [receipts[name] for name in prepared.shards if name in receipts])
         _check_same(folder, new)
         tidy(folder.out)
@@ -263,7 +259,7 @@ def _run(prepared: PreparedBuild) -> list[dict[str, Receipt]]:
     """Make the missing shards in parallel, one task each; not all of them where too many images are rejected, but to
     its end each that has begun, so that it writes nothing later. The receipts, by shard, of each folder."""
     missing = prepared.missing
-    there = {name: each for folder in prepared.folders for name, each in (folder.receipts or {}).items()}
+    there = {name: each for folder in prepared.folders for name, each in (folder.found.receipts or {}).items()}
     before = account(prepared.source, [each for name, each in there.items() if name not in missing])
     rejects, bound = len(before.rejects), max(ENOUGH, prepared.config.max_reject_share * before.images)
     made: list[dict[str, Receipt]] = [{} for _ in prepared.folders]
@@ -305,7 +301,7 @@ def _conclude(prepared: PreparedBuild, folder: Folder, receipts: list[Receipt]) 
 
 def _check_same(folder: Folder, made: Mapping[str, Receipt]) -> None:
     """Raise ValueError where a shard that was lost has become another one; it does not stay."""
-    if others := [name for name, stated in folder.gone.items() if name in made and made[name].info != stated]:
+    if others := [name for name, stated in folder.found.gone.items() if name in made and made[name].info != stated]:
         for name in others:
             folder.out.remove(name)
         raise ValueError(

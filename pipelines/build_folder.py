@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,16 @@ VERSIONS = "file_versions_sha256"  # in a plan: of all files, where the source l
 SOURCE_REJECTS = "source_rejects_sha256"  # in a plan, where there are any
 SHARD = "shard-"  # how their names begin
 READ_THREADS, READ_AHEAD = 16, 64  # receipts are small and perhaps many: only latency counts
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a build finds in a folder that is its own."""
+
+    receipts: dict[str, Receipt] | None
+    """Of the shards that are there already; None where it is finished"""
+    gone: Mapping[str, ShardInfo] = field(default_factory=dict)
+    """Shards that a finished one has lost since: they are made again, as the manifest states them"""
 
 
 def check_free(out: Store, plan: dict[str, Any]) -> None:
@@ -42,17 +53,16 @@ def _begun(plan: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plan.items() if key not in (VERSIONS, SOURCE_REJECTS)}
 
 
-def claim(out: Store, plan: dict[str, Any], shards: Mapping[str, str]) -> dict[str, Receipt] | None:
-    """Make the folder this build's. Returns the receipts of the shards that are there; None where all is finished.
-    `shards` are by name the `versions_sha256` of their records.
+def claim(out: Store, plan: dict[str, Any], shards: Mapping[str, str]) -> Found:
+    """Make the folder this build's. `shards` are by name the `versions_sha256` of their records.
 
     Raises ValueError where another build is there.
     """
     sizes = sizes_in(out)
     if FILE_NAME not in sizes and out.is_local and (out.path / FILE_NAME).is_dir():
         raise ValueError(f"{out.uri}/{FILE_NAME} is a folder: remove it, or choose another --out")
-    if _is_finished(out, plan, sizes=sizes, shards=shards):
-        return None
+    if finished := _finished(out, plan, sizes=sizes, shards=shards):
+        return finished
     _refuse_unknown(out, sizes)
     begun = _begun(plan)
     created = out.create_bytes(PLAN, json.dumps(begun).encode())
@@ -62,27 +72,10 @@ def claim(out: Store, plan: dict[str, Any], shards: Mapping[str, str]) -> dict[s
     _refuse_other(out, theirs, begun)
     if FILE_NAME in sizes:  # lists have gone since: make the build again, and let nobody read it meanwhile
         out.remove(FILE_NAME)
-    return _receipts(out, sizes, shards)
+    return Found(_receipts(out, sizes, shards))
 
 
-def shards_gone(out: Store, plan: dict[str, Any], shards: Collection[str]) -> dict[str, ShardInfo]:
-    """What the manifest states of the shards that this very build, finished, has lost since. None where it has lost
-    lists of rejects, too: they are made of what all tasks tell."""
-    sizes = sizes_in(out)
-    if FILE_NAME not in sizes:
-        return {}
-    manifest = Manifest.read(out)
-    stated = {each.name: each for each in manifest.shards}
-    if _different(manifest.build, plan) or stated.keys() != set(shards) or not manifest.reject_lists:
-        return {}
-    if not_as_stated(sizes, manifest.reject_lists):
-        return {}
-    return {name: stated[name] for name in not_as_stated(sizes, manifest.shards)}
-
-
-def _claim_again(
-    out: Store, plan: dict[str, Any], *, shards: Mapping[str, str], created: bool
-) -> dict[str, Receipt] | None:
+def _claim_again(out: Store, plan: dict[str, Any], *, shards: Mapping[str, str], created: bool) -> Found:
     """Another process has finished its build and tidied up between two of our looks."""
     try:
         return claim(out, plan, shards)
@@ -92,14 +85,17 @@ def _claim_again(
         raise
 
 
-def _is_finished(out: Store, plan: dict[str, Any], *, sizes: dict[str, int], shards: Collection[str]) -> bool:
-    """Whether this very build is complete there. Raises ValueError where another one is."""
+def _finished(out: Store, plan: dict[str, Any], *, sizes: dict[str, int], shards: Collection[str]) -> Found | None:
+    """This very build with its manifest, less the shards that it has lost since; None where it has no manifest, or has
+    lost lists of rejects, which are made of what all tasks tell. Raises ValueError where another build is there."""
     if FILE_NAME not in sizes:
-        return False
+        return None
     manifest = Manifest.read(out)
     _refuse_other(out, manifest.build, plan)
-    files: list[ShardInfo | RejectList] = [*manifest.shards, *manifest.reject_lists]
-    return len(manifest.shards) == len(shards) and not not_as_stated(sizes, files)
+    stated = {each.name: each for each in manifest.shards}
+    if stated.keys() != set(shards) or not_as_stated(sizes, manifest.reject_lists):
+        return None
+    return Found(None, {name: stated[name] for name in not_as_stated(sizes, manifest.shards)})
 
 
 def sizes_in(out: Store) -> dict[str, int]:

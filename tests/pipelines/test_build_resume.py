@@ -124,7 +124,7 @@ def build_inside(patch: pytest.MonkeyPatch, owner: Any, name: str, other: Callab
 
 
 PLACES = [
-    (build_folder, "_is_finished"),
+    (build_folder, "_finished"),
     (Store, "create_bytes"),
     (build_folder, "_read_plan"),
     (build_folder, "_receipts"),
