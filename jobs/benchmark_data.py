@@ -283,7 +283,7 @@ def _task(prepared: PreparedBuild) -> int:
     """The first shard of a build. Returns its images."""
     name, records = next(iter(prepared.shards.items()))
     content = json.dumps([record.to_dict() for record in records])
-    row = make_shard({"name": name, "records": content, "scales": "[0]"}, prepared.settings)
+    row = make_shard({"name": name, "records": content, "scales": "[0]", "stated": "[null]"}, prepared.settings)
     assert not row["failure"], row["message"]
     return len(records)
 

@@ -35,8 +35,8 @@ class Augmentation:
     """Smallest and largest factor by which its usual size is multiplied; of what then is larger than usual, a window of
     the usual size is cut. Not together with `jitter_sides`"""
     max_objects: int = 0
-    """An image with more objects keeps as many, drawn anew in each epoch: the others are background in that epoch.
-    0: no bound"""
+    """An image with more objects keeps as many, drawn anew in each epoch: the others are background in that epoch. Of
+    crowd regions, where the losses take nothing for background, it keeps as many again. 0: no bound"""
 
     def flips(self, key: Key) -> bool:
         """Whether an image is mirrored."""
@@ -64,12 +64,13 @@ UNCHANGED = Augmentation()
 
 
 def with_fewer_objects(row: Row, key: Key, most: int) -> Row:
-    """At most so many objects, in their order; 0: all."""
+    """At most so many objects, and so many crowd regions, in their order; 0: all."""
     if not 0 < most < len(row.instances):
         return row
     generator = np.random.default_rng(image_seed(*key, purpose="objects"))
-    kept = generator.permutation(len(row.instances))[:most]
-    return replace(row, instances=[row.instances[i] for i in sorted(kept)])
+    crowds = np.array([each["iscrowd"] for each in row.instances], bool)
+    kept = [generator.permutation(np.flatnonzero(kind))[:most] for kind in (~crowds, crowds)]
+    return replace(row, instances=[row.instances[i] for i in np.sort(np.concatenate(kept))])
 
 
 def random_window(size: tuple[int, int], most: tuple[int, int], key: Key) -> Window:

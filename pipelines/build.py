@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import PurePosixPath
@@ -214,7 +213,6 @@ def run_build(prepared: PreparedBuild) -> BuildSummary:
         if folder.found.receipts is not None:
             receipts = folder.found.receipts | new
             _conclude(prepared, folder, [receipts[name] for name in prepared.shards if name in receipts])
-        _check_same(folder, new)
         tidy(folder.out)
     seconds = prepared.seconds + time.monotonic() - start
     first, *more = (_summary(folder.out, new, seconds) for folder, new in zip(prepared.folders, made, strict=True))
@@ -266,7 +264,7 @@ def _run(prepared: PreparedBuild) -> list[dict[str, Receipt]]:
     images = sum(len(prepared.shards[name]) for name in missing)
     with tqdm(total=images, unit=" images", desc="build-data", disable=None) as bar:
         begun = takewhile(lambda _: rejects <= bound, missing.items())  # asked as tasks are begun, and `rejects` grows
-        tasks = (_task(name, prepared.shards[name], folders) for name, folders in begun)
+        tasks = (_task(prepared, name, folders) for name, folders in begun)
         for row in run_tasks(partial(make_shard, settings=prepared.settings), tasks) if missing else ():
             receipts = [Receipt.from_json(each) for each in row["receipts"]]
             for folder, receipt in zip(missing[row["name"]], receipts, strict=True):
@@ -277,11 +275,13 @@ def _run(prepared: PreparedBuild) -> list[dict[str, Receipt]]:
     return made
 
 
-def _task(name: str, records: list[ImageRecord], folders: list[int]) -> dict[str, str]:
+def _task(prepared: PreparedBuild, name: str, folders: list[int]) -> dict[str, str]:
+    stated = [prepared.folders[i].found.gone.get(name) for i in folders]
     return {
         "name": name,
-        "records": json.dumps([record.to_dict() for record in records]),
+        "records": json.dumps([record.to_dict() for record in prepared.shards[name]]),
         "scales": json.dumps(folders),
+        "stated": json.dumps([each and asdict(each) for each in stated]),
     }
 
 
@@ -297,17 +297,6 @@ def _conclude(prepared: PreparedBuild, folder: Folder, receipts: list[Receipt]) 
     if missing or len(shards) != len(prepared.shards):
         raise LostError(f"{out.uri}: {missing or 'shards'} are not as they were written: run the same command again")
     Manifest(prepared.source.categories, folder.plan, shards, totals, reject_lists=lists).write(out)
-
-
-def _check_same(folder: Folder, made: Mapping[str, Receipt]) -> None:
-    """Raise ValueError where a shard that was lost has become another one; it does not stay."""
-    if others := [name for name, stated in folder.found.gone.items() if name in made and made[name].info != stated]:
-        for name in others:
-            folder.out.remove(name)
-        raise ValueError(
-            f"{folder.out.uri}: {', '.join(others)} cannot be made again as the manifest states it: its images have "
-            "changed since. Give a new --out"
-        )
 
 
 def _refuse(out: Store, excess: str, accounts: Accounts) -> NoReturn:

@@ -20,7 +20,8 @@ Listed = tuple[str, int, str]
 
 @dataclass(frozen=True)
 class Walk:
-    """All files below a folder, as they are listed: sorted by folder, hidden ones too.
+    """All files below a folder, as they are listed: sorted by folder. Those in hidden folders where they are wanted:
+    caches of others may hold millions, or be closed to us.
 
     With `follow_links` local folders elsewhere that links lead to are listed, too, each once; else they are no files.
     """
@@ -33,6 +34,8 @@ class Walk:
     below: bool = True
     """Also what is in folders of this one"""
     follow_links: bool = False
+    hidden: bool = False
+    """Also what is in hidden folders; hidden files are listed in any case"""
 
     def __iter__(self) -> Iterator[Listed]:
         seen = set[str]()
@@ -44,8 +47,11 @@ class Walk:
             elif found["type"] != "directory" and not self._leads_out(name, found):
                 change = next((found[key] for key in CHANGES if found.get(key)), "")
                 yield name, int(found["size"] or 0), str(change)
-            elif self.below and (found["type"] == "directory" or self.follow_links):
+            elif self.below and self._looks_into(name, found):
                 levels.append(self._list_folder(f"{name}/", seen))
+
+    def _looks_into(self, name: str, found: dict[str, Any]) -> bool:
+        return (self.hidden or not is_hidden(name)) and (found["type"] == "directory" or self.follow_links)
 
     def _leads_out(self, name: str, found: dict[str, Any]) -> bool:
         """Whether what the file system calls no folder is a link to a folder elsewhere: see `linked_folders`."""
@@ -73,9 +79,13 @@ class Walk:
 def fitting(listed: Iterator[Listed], suffixes: tuple[str, ...], *, hidden: bool) -> Iterator[Listed]:
     """Those with one of the suffixes, compared without case, if there are any; hidden ones where they are wanted."""
     for name, size, change in listed:
-        left_out = not hidden and any(part.startswith(".") and part not in LEADING for part in name.split("/"))
-        if not left_out and (not suffixes or name.lower().endswith(suffixes)):
+        if (hidden or not is_hidden(name)) and (not suffixes or name.lower().endswith(suffixes)):
             yield name, size, change
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file, or a folder that it is in, has a name that begins with a dot."""
+    return any(part.startswith(".") and part not in LEADING for part in name.split("/"))
 
 
 def linked_folders(root: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pipelines.pixels import (
     Pixels,
     check_size,
     eight_bits_of_gray,
-    orientation_in_xmp,
+    orientation_by,
     turned,
 )
 
@@ -111,14 +111,13 @@ def _known_formats() -> tuple[str, ...]:
 
 def orientation_of(image: Image.Image) -> int:
     """By its EXIF, or where that does not tell, by its XMP. Unreadable EXIF is no EXIF."""
-    told = None
     try:
         told = image.getexif().get(ORIENTATION)
     except MemoryError:
         raise
     except Exception:  # struct.error, SyntaxError, ...; then it does not look into the XMP
-        pass
-    return orientation_in_xmp(image.info.get("xmp", b"")) if told is None else int(told)
+        told = None
+    return orientation_by(told, image.info.get("xmp", b""))
 
 
 def _to_rgb(image: Image.Image) -> Pixels:

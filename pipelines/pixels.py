@@ -33,8 +33,13 @@ def allow_pixels(max_pixels: int) -> None:
     Image.MAX_IMAGE_PIXELS = max(MAX_PIXELS, max_pixels)
 
 
-def orientation_in_xmp(xmp: bytes) -> int:
-    """What XMP says of it, if it does; as Pillow reads it where an image has no EXIF."""
+def orientation_by(told: Any, xmp: bytes) -> int:
+    """What EXIF tells of it, if it is one of those that there are; else what XMP says, if it does."""
+    return int(told) if told in range(1, 9) else _orientation_in_xmp(xmp)
+
+
+def _orientation_in_xmp(xmp: bytes) -> int:
+    """As Pillow reads it where an image has no EXIF."""
     image = Image.new("1", (1, 1))
     image.info["xmp"] = xmp
     return int(image.getexif().get(ORIENTATION, 1))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -118,14 +118,15 @@ def receipt_name(shard: str) -> str:
 
 @failing_in_words
 def make_shard(task: dict[str, Any], settings: ShardSettings) -> dict[str, Any]:
-    """A task of Ray Data: {name, records, scales} -> {name, receipts}, one for each of the scales (JSON, their places
-    among the settings')."""
+    """A task of Ray Data: {name, records, scales, stated} -> {name, receipts}, one for each of the scales (JSON, their
+    places among the settings'). `stated` (JSON) is for each of these the `ShardInfo` it has to come to, or null."""
     use_one_thread()
     sys.setrecursionlimit(max(DEEPEST, sys.getrecursionlimit()))
     allow_pixels(settings.max_pixels)
     records = [ImageRecord(**each) for each in json.loads(task["records"])]
     wanted = replace(settings, scales=tuple(settings.scales[i] for i in json.loads(task["scales"])))
-    receipts = _ShardTask(wanted).run(task["name"], records)
+    stated = [each and ShardInfo(**each) for each in json.loads(task["stated"])]
+    receipts = _ShardTask(wanted, stated).run(task["name"], records)
     return {"name": task["name"], "receipts": [receipt.to_json() for receipt in receipts]}
 
 
@@ -134,6 +135,8 @@ class _ShardTask:
     """The rows of one shard, and what was rejected on the way."""
 
     settings: ShardSettings
+    stated: Sequence[ShardInfo | None]
+    """Of each scale"""
     images: int = 0
     annotations: int = 0
     instances: int = 0
@@ -160,7 +163,18 @@ class _ShardTask:
                 writers = [open_files.enter_context(ShardWriter(path, direct=stays)) for path, stays in paths]
                 for images in self._opened(records):
                     self._write_rows(images, writers)
-            return [writer.info(name) for writer in writers]
+            infos = [writer.info(name) for writer in writers]
+            self._check_stated(infos)  # here they have no names yet
+            return infos
+
+    def _check_stated(self, infos: Sequence[ShardInfo]) -> None:
+        """Raise ValueError where a shard that a finished data set has lost becomes another one."""
+        for scale, info, stated in zip(self.settings.scales, infos, self.stated, strict=True):
+            if stated and info != stated:
+                raise ValueError(
+                    f"{scale.out.uri_of(info.name)} cannot be made again as the manifest states it: its images have "
+                    "changed since. Give a new --out"
+                )
 
     def _write_rows(self, images: list[OpenedRecord], writers: list[ShardWriter]) -> None:
         for rows in batched(self._rows(images), ROWS_TOGETHER):

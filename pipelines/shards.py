@@ -27,7 +27,6 @@ from pipelines.storage import Store
 from pipelines.storage_errors import ChangedFileError, plain_errors
 
 UNREADABLE = (pa.ArrowException, OSError, ValueError)  # what pyarrow raises where bytes are not what they should be
-CHANGED = "it was changed while it was being read"
 READ_BYTES = 1024 * 1024
 SMALL_WRITES = 16 * 1024  # bytes of them that become one
 MAGIC = b"ARROW1"
@@ -266,8 +265,13 @@ class ShardReader:
 
     def damaged(self, what: str) -> ValueError:
         """The error to raise where this shard is not as it was written."""
+        alone = "remove this file, and run the same build-data again"
+        remedy = alone if self._schema is SHARD else "remove its folder, and make it again"
+        return ValueError(f"{self._store.uri_of(self._info.name)} is damaged ({what}): {remedy}")
+
+    def _changed(self) -> ValueError:
         uri = self._store.uri_of(self._info.name)
-        return ValueError(f"{uri} is damaged ({what}): remove its folder and make it again")
+        return ValueError(f"{uri} was changed while it was being read: run the same command again, which reads it anew")
 
     @cached_property
     def _mapped(self) -> tuple[pa.Buffer, tuple[int, ...]]:
@@ -293,12 +297,12 @@ class ShardReader:
         if self._store.is_local:
             mapped, stamp = self._mapped
             if self._stamp() != stamp:
-                raise self.damaged(CHANGED)
+                raise self._changed()
             return mapped.slice(start, length)
         try:
             data = self._store.read_range(self._info.name, start, length, self._etag)
         except ChangedFileError:
-            raise self.damaged(CHANGED) from None
+            raise self._changed() from None
         except FileNotFoundError:
             raise self._gone() from None
         if len(data) != length:

@@ -273,7 +273,7 @@ class Store:
 
     def entries(self, suffixes: tuple[str, ...] = (), *, hidden: bool = False) -> Iterator[tuple[str, int]]:
         """Names as in `list`, each with its bytes; with the hidden ones where they are wanted."""
-        return (each[:2] for each in fitting(self._walk(), suffixes, hidden=hidden))
+        return (each[:2] for each in fitting(self._walk(hidden=hidden), suffixes, hidden=hidden))
 
     def files(self) -> Iterator[tuple[str, int]]:
         """Entries of this very folder: those below may be many, or others' that cannot be listed."""
@@ -286,11 +286,12 @@ class Store:
         listed = fitting(self._walk(follow_links=follow_links and self.is_local), suffixes, hidden=False)
         return ((name, f"{size} {change}") for name, size, change in listed)
 
-    def _walk(self, *, below: bool = True, follow_links: bool = False) -> Iterator[Listed]:
-        """All files; of this very folder alone where `below` is false."""
+    def _walk(self, *, below: bool = True, follow_links: bool = False, hidden: bool = False) -> Iterator[Listed]:
+        """All files, those in hidden folders of a disk if they are wanted; of this very folder alone where `below` is
+        false."""
         if self.uri.startswith("s3://"):
             return s3_objects.listed(self._root, below=below)
-        return iter(Walk(self._fs, self._root, self.uri, below=below, follow_links=follow_links))
+        return iter(Walk(self._fs, self._root, self.uri, below=below, follow_links=follow_links, hidden=hidden))
 
     def check_answers(self) -> Store:
         """This store, if its endpoint answers and takes the credentials, whether or not the folder is there. An S3

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import XMP
 from tifffile import COMPRESSION, EXTRASAMPLE, PHOTOMETRIC, TiffFile, TiffPage
 
-from pipelines.pixels import ORIENTATION, DecodeError, Pixels, check_size, eight_bits_of_gray, orientation_in_xmp
+from pipelines.pixels import ORIENTATION, DecodeError, Pixels, check_size, eight_bits_of_gray, orientation_by
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it tells becomes a reject here
 
@@ -35,9 +35,9 @@ def open_tiff(data: bytes, max_pixels: int) -> tuple[Image.Image, int]:
         mode = _mode(page)
         _check_whole(page, len(data))
         pixels = _eight_bits(page)
-        orientation = page.tags.valueof(ORIENTATION) or orientation_in_xmp(_bytes(page.tags.valueof(XMP)))
+        orientation = orientation_by(page.tags.valueof(ORIENTATION), _bytes(page.tags.valueof(XMP)))
     image = Image.frombytes(mode, (page.imagewidth, page.imagelength), pixels[..., : len(mode)].tobytes())
-    return image.convert(mode.upper()), int(orientation)
+    return image.convert(mode.upper()), orientation
 
 
 def _bytes(value: Any) -> bytes:
@@ -62,8 +62,8 @@ def _name(value: Any) -> str:
 
 
 def _check_whole(page: TiffPage, size: int) -> None:
-    """Raise DecodeError unless all strips or tiles are in the file: of what is not there tifffile makes zeros, however
-    many are stated."""
+    """Raise DecodeError unless all strips or tiles are in the file, each with bytes of its own: of what is not there
+    tifffile makes zeros, and of what is there several times a file of any size, however many are stated."""
     assert page.dtype is not None
     ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False)]
     there = sum(page.databytecounts)
@@ -72,7 +72,7 @@ def _check_whole(page: TiffPage, size: int) -> None:
         raise DecodeError(
             f"truncated image: {len(ends)} strips or tiles of {prod(page.chunked)}, or some without bytes"
         )
-    if max(ends) > size or there < stated:
+    if max(ends) > size or min(there, size) < stated:
         raise DecodeError(f"truncated image: {min(there, size)} bytes of {stated}")
 
 

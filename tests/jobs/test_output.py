@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_shards import instance, make_shards, row
 
 from jobs.cli import main
 from mrcnn.structures import Category
@@ -12,7 +13,6 @@ from pipelines.manifest import Manifest
 from pipelines.records import REJECTED_ANNOTATIONS, REJECTS, to_parquet
 from pipelines.storage import open_store
 from pipelines.text import shown, shown_name
-from tests.made_shards import instance, make_shards, row
 
 RED, TITLE = "\x1b[31m", "\x9b2;0;0t"
 

@@ -6,11 +6,11 @@ import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from PIL import Image
 from jobs.cluster import ray_session
 from pipelines import build as build_module
 from pipelines import build_folder
+from pipelines.attempts import Task
 from pipelines.build import BuildConfig, build, prepare, run_build
 from pipelines.manifest import LostError
 from pipelines.shard_task import PROGRESS
@@ -243,8 +244,10 @@ def test_lost_shards_are_made_wherever_that_ends(
 
 
 @pytest.mark.usefixtures("here")
-def test_a_lost_shard_that_would_become_another_is_told(toy_config: BuildConfig, tmp_path: Path) -> None:
-    """Of COCO's images, which are taken as unchanging."""
+def test_a_lost_shard_that_would_become_another_is_told(
+    toy_config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of COCO's images, which are taken as unchanging. It has no name at any moment: the build may end then."""
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(toy_config.images, source)
     config = replace(toy_config, images=str(source), out=str(out))
@@ -255,10 +258,17 @@ def test_a_lost_shard_that_would_become_another_is_told(toy_config: BuildConfig,
         with Image.open(path) as image:
             size = image.size
         Image.new("RGB", size, "red").save(path)
+    monkeypatch.setattr("pipelines.build.run_tasks", _first_alone)
     with pytest.raises(ValueError, match=r"shard-00001\.arrow cannot be made again as the manifest states it: its ima"):
         build(config)
     assert (out / "manifest.json").read_bytes() == manifest
     assert not (out / "shard-00001.arrow").exists()
+    assert not [*out.glob(".*")]
+
+
+def _first_alone(function: Callable[[Task], Task], tasks: Iterable[Task]) -> Iterator[Task]:
+    yield from run_inline(function, islice(tasks, 1))
+    raise KeyboardInterrupt
 
 
 @pytest.mark.usefixtures("here")

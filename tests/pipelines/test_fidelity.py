@@ -253,7 +253,7 @@ def tasks_of(config: BuildConfig) -> Iterator[tuple[dict[str, Any], Any]]:
     prepared = prepare(config)
     for name, records in prepared.shards.items():
         content = json.dumps([record.to_dict() for record in records])
-        yield {"name": name, "records": content, "scales": "[0]"}, prepared.settings
+        yield {"name": name, "records": content, "scales": "[0]", "stated": "[null]"}, prepared.settings
 
 
 def test_no_image_passes_through_ray(toy_data: ToySummary, tmp_path: Path) -> None:

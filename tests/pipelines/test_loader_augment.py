@@ -176,7 +176,7 @@ def crowd(count: int, size: int = 64) -> list[dict[str, Any]]:
 
 
 def test_objects_are_bounded_and_drawn_anew_in_each_epoch() -> None:
-    whole = Row(1, "1.png", np.zeros((64, 64, 3), np.uint8), (64, 64), [{"n": i} for i in range(500)])
+    whole = Row(1, "1.png", np.zeros((64, 64, 3), np.uint8), (64, 64), [{"n": i, "iscrowd": False} for i in range(500)])
     seen: set[int] = set()
     for epoch in range(20):
         kept = [each["n"] for each in with_fewer_objects(whole, (0, epoch, 1), 100).instances]
@@ -187,6 +187,20 @@ def test_objects_are_bounded_and_drawn_anew_in_each_epoch() -> None:
     assert len(seen) > 480
     assert with_fewer_objects(whole, (0, 0, 1), 500) is whole
     assert with_fewer_objects(whole, (0, 0, 1), 0) is whole
+
+
+def test_crowd_regions_stay_beside_fewer_objects() -> None:
+    """What lies in them would be background."""
+    crowds = {3, 400, 450}
+    objects = [{"n": i, "iscrowd": i in crowds} for i in range(500)]
+    whole = Row(1, "1.png", np.zeros((64, 64, 3), np.uint8), (64, 64), objects)
+    for epoch in range(20):
+        kept = [each["n"] for each in with_fewer_objects(whole, (0, epoch, 1), 100).instances]
+        assert kept == sorted(kept)
+        assert len(kept) == 103
+        assert crowds < set(kept)
+    regions = Row(1, "1.png", whole.image, (64, 64), [{"n": i, "iscrowd": True} for i in range(500)])
+    assert len(with_fewer_objects(regions, (0, 0, 1), 100).instances) == 100
 
 
 def test_a_crowd_of_thousands_takes_no_more_than_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

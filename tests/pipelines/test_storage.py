@@ -216,6 +216,19 @@ def test_entries_with_sizes_and_hidden_ones(root: str) -> None:
     assert sorted(store.entries(hidden=True)) == [(".c", 2), ("a/b", 3)]
 
 
+def test_hidden_folders_are_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may hold a cache of millions, or be closed to us."""
+    (tmp_path / "a/.cache/deep").mkdir(parents=True)
+    (tmp_path / "a/.cache/deep/b.jpg").touch()
+    store, listed = open_store(str(tmp_path)), list[str]()
+    kind = type(store._fs)
+    ls = kind.ls
+    monkeypatch.setattr(kind, "ls", lambda self, path, **how: (listed.append(path), ls(self, path, **how))[1])
+    assert list(store.entries()) == []
+    assert [os.path.relpath(path, tmp_path) for path in listed] == [".", "a"]
+    assert list(store.entries(hidden=True)) == [("a/.cache/deep/b.jpg", 0)]
+
+
 def test_a_local_copy_to_read(root: str) -> None:
     store = open_store(root)
     data = bytes(range(256)) * 50_000

@@ -136,6 +136,19 @@ def test_memory_is_not_taken_for_what_is_only_stated(eight: NDArray[np.uint8]) -
         decode(data)
 
 
+def test_bytes_that_are_used_again_are_bounded_by_the_file(eight: NDArray[np.uint8]) -> None:
+    """All strips lie at one place: a file of kilobytes could state gigabytes, of any number of samples."""
+    deep_row = np.zeros((100, 21, 30), np.uint16)
+    data = written(deep_row, photometric="rgb", bigtiff=True, byteorder=">", rowsperstrip=1)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        found = file.pages.first.tags["StripOffsets"]
+        at, size, first = found.valueoffset, found.valuebytecount, found.value[0]
+    data = data[:at] + struct.pack(">100Q", *[first] * 100) + data[at + size :]
+    assert decode(data).shape == (100, 21, 3)
+    with pytest.raises(DecodeError, match=r"truncated image: \d+ bytes of 126000"):
+        decode(data[: first + 2 * 21 * 30])
+
+
 def with_compression(data: bytes, number: int) -> bytes:
     """A big-endian TIFF that says that it is compressed in another way."""
     plain = struct.pack(">HHIHH", 259, 3, 1, 1, 0)

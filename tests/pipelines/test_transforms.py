@@ -133,6 +133,26 @@ def test_unreadable_exif_is_none(picture: Image.Image, format_: str, broken: byt
     np.testing.assert_array_equal(decode(saved(picture, format_, exif=b"Exif\0\0" + broken, **options)), plain)
 
 
+ORIENTATIONS = {  # what is no number of them, and what is though it is no integer: type, count and value
+    "ascii": ((2, 4, b"top\0"), False),
+    "bytes": ((7, 4, b"\0\6\0\0"), False),
+    "two": ((3, 2, b"\0\6\0\6"), False),
+    "none": ((3, 1, b"\0\0\0\0"), False),
+    "nan": ((11, 1, b"\x7f\xc0\0\0"), False),
+    "float": ((11, 1, struct.pack(">f", 6.0)), True),
+    "long": ((4, 1, b"\0\0\0\6"), True),
+}
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ORIENTATIONS)
+def test_an_orientation_that_is_no_number_turns_nothing(picture: Image.Image, format_: str, kind: str) -> None:
+    (type_, count, value), turns = ORIENTATIONS[kind]
+    entry = struct.pack(">HHHI", 1, 0x0112, type_, count) + value + bytes(4)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">I", 8) + entry
+    assert decode(saved(picture, format_, exif=exif)).shape == ((90, 60, 3) if turns else (60, 90, 3))
+
+
 @pytest.mark.parametrize("broken", [b"Exif\0\0broken", b"Exif\0\0MM\0*"])
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
 def test_xmp_counts_beside_unreadable_exif(picture: Image.Image, format_: str, broken: bytes) -> None:
