@@ -5,12 +5,18 @@ from __future__ import annotations
 import io
 from functools import cache
 
-import cv2
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from PIL.GifImagePlugin import GifImageFile
 from PIL.TiffImagePlugin import PLANAR_CONFIGURATION, YCBCRSUBSAMPLING, TiffImageFile
 
+from pipelines.deep_colours import (
+    PNG_BITS,
+    from_deep_jpeg2000,
+    from_deep_png,
+    is_deep_jpeg2000,
+    is_deep_png,
+)
 from pipelines.jpeg_segments import BEGINNING, check_scans, read_header
 from pipelines.pixels import (
     ORIENTATION,
@@ -28,10 +34,14 @@ FORMATS = (
     "SUN", "TGA",
 )  # fmt: skip
 BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
-WHITE_IS_ZERO, YCBCR, PLANES = 0, 6, 2  # values of these and others
-PNG_BITS = 24  # the byte that says how many a sample has
+WHITE_IS_ZERO, YCBCR, PLANES, SIGNED = 0, 6, 2, 2  # values of these and others
+MOTOROLA = b"MM"  # how a TIFF of big-endian numbers begins
 TGA_BITS_AND_DESCRIPTION = 16, 17  # bytes: how many a pixel has, how many of these are alpha
 TIFF, BIG_TIFF = (b"II*\0", b"MM\0*", b"II+\0"), b"MM\0+"  # how they begin
+PNG, BOX = b"\x89PNG\r\n\x1a\n", b"ftyp"
+HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+PNG, BOX = b"\x89PNG\r\n\x1a\n", b"ftyp"
+HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # kinds of what is in such a box
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # one text or profile as all of them: 64 MB, not 1
 
 
@@ -47,7 +57,7 @@ def decode_any(data: bytes, max_pixels: int) -> Pixels:
                 raise
             return _decode_tiff(data, max_pixels)
     except UnidentifiedImageError:
-        raise DecodeError("not an image of a known format") from None
+        raise DecodeError(_unidentified(data)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DecodeError(f"decompression bomb: {error}") from None
     except (DecodeError, MemoryError):  # which is not the image's fault
@@ -66,8 +76,10 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
         # after load(), which itself turns a TIFF, and finds the texts of a PNG that come late
         orientation = 1 if isinstance(image, TiffImageFile) else orientation_of(image)
         _spread_hidden_gray(image, data)
-        if _is_deep_png(image, data):
-            pixels = _from_deep_png(data)
+        if is_deep_png(image, data):
+            pixels = from_deep_png(data)
+        elif is_deep_jpeg2000(image, data):
+            pixels = _to_rgb(from_deep_jpeg2000(data))
         else:
             pixels = _to_rgb(image.convert("RGB") if _has_no_alpha(image, data) else image)
         if frame is not None and frame != (0, 0, *image.size):
@@ -75,11 +87,24 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> Pixels:
     return turned(pixels, orientation)
 
 
+def _unidentified(data: bytes) -> str:
+    """Why Pillow does not know it, so far as its first bytes tell."""
+    if data.startswith(PNG):
+        return "damaged image: a PNG whose header or checksums are wrong"
+    if data.startswith(BEGINNING):
+        return "not a JPEG that is known: it may have 12 bits, or be lossless; save it with 8 bits"
+    if data[4:8] == BOX and data[8:12] in HEIF:
+        return "HEIC is not known: save it as JPEG"
+    return "not an image of a known format"
+
+
 def _is_mistaken(image: TiffImageFile) -> bool:
     """Whether Pillow would make other pixels of a TIFF that it has opened: of numbers of 16 bits in planes, where they
     are not compressed, it takes each byte for a number. Raises DecodeError where there is none who does better."""
     tags = image.tag_v2
     if image.tile[0].codec_name != "raw":
+        if tags.prefix == MOTOROLA and SIGNED in tags.get(SAMPLE_FORMAT, ()):  # Pillow turns them round once too often
+            raise DecodeError("a TIFF of signed big-endian numbers, compressed, is not known: save it with 8 bits")
         return False
     if tags.get(PHOTOMETRIC) == YCBCR and tags.get(YCBCRSUBSAMPLING, (2, 2)) != (1, 1):
         raise DecodeError("a TIFF of subsampled YCbCr without compression is not known: save it as RGB")
@@ -147,7 +172,10 @@ def _from_deep_gray(image: Image.Image) -> Pixels:
 
 
 def _has_no_alpha(image: Image.Image, data: bytes) -> bool:
-    """Of a TGA that says so, or whose colours take 16 bits: Pillow takes what is left for alpha."""
+    """Of a TGA that says so, or whose colours take 16 bits: Pillow takes what is left for alpha. Of a BMP all of which
+    could be seen through: who made it left the byte empty, as viewers know."""
+    if image.format in ("BMP", "DIB") and image.mode == "RGBA":
+        return image.getchannel("A").getextrema() == (0, 0)
     bits, described = TGA_BITS_AND_DESCRIPTION
     if image.format != "TGA" or image.mode not in ("RGBA", "LA"):
         return False
@@ -166,17 +194,3 @@ def _alone_in_white(pixels: Pixels, box: tuple[int, int, int, int]) -> Pixels:
     shown = np.full_like(pixels, 255)
     shown[top:bottom, left:right] = pixels[top:bottom, left:right]
     return shown
-
-
-def _is_deep_png(image: Image.Image, data: bytes) -> bool:
-    """Whether it has 16 bits and a colour that is transparent, which Pillow looks for when it has cut them to 8."""
-    return image.format == "PNG" and image.mode == "RGB" and "transparency" in image.info and data[PNG_BITS] == 16
-
-
-def _from_deep_png(data: bytes) -> Pixels:
-    bgra = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if bgra is None or bgra.shape[2:] != (4,):
-        raise DecodeError("damaged image: a PNG of 16 bits whose transparent colour cannot be read")
-    rgb = (bgra[..., 2::-1] // 256).astype(np.uint8)  # as Pillow does with all other deep colours
-    rgb[bgra[..., 3] == 0] = 255
-    return rgb

@@ -149,6 +149,20 @@ def test_bytes_that_are_used_again_are_bounded_by_the_file(eight: NDArray[np.uin
         decode(data[: first + 2 * 21 * 30])
 
 
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_signed_gray_is_the_same_in_any_order_or_none(bits: int, order: str, compression: str | None) -> None:
+    gray = np.random.default_rng(0).integers(-400, 30_000, (9, 11)).astype(f"i{bits // 8}")
+    data = written(gray, photometric="minisblack", byteorder=order, compression=compression)
+    if order == ">" and compression:
+        with pytest.raises(DecodeError, match="a TIFF of signed big-endian numbers, compressed, is not known"):
+            decode(data)
+        return
+    expected = np.rint(np.clip(gray, 0, None) * (255 / 65535))
+    np.testing.assert_array_equal(decode(data)[..., 0], expected)
+
+
 def with_compression(data: bytes, number: int) -> bytes:
     """A big-endian TIFF that says that it is compressed in another way."""
     plain = struct.pack(">HHIHH", 259, 3, 1, 1, 0)

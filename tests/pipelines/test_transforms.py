@@ -163,6 +163,60 @@ def test_xmp_counts_beside_unreadable_exif(picture: Image.Image, format_: str, b
     assert decode(saved(picture, format_, exif=broken, **options)).shape == (90, 60, 3)
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_deep_colours_of_a_jpeg_2000(channels: int) -> None:
+    """The largest numbers are white, and what is opaque is seen."""
+    eight = np.random.default_rng(0).integers(0, 256, (40, 50, channels), np.uint8)
+    eight[:4], eight[:, :4, :3], eight[..., 3:] = 255, 0, 255
+    good, data = cv2.imencode(".jp2", eight.astype(np.uint16) * 257, [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000])
+    assert good
+    np.testing.assert_array_equal(decode(data.tobytes()), eight[..., 2::-1])
+    seen_through = eight.astype(np.uint16) * 257
+    seen_through[..., 3:] = 0
+    good, data = cv2.imencode(".jp2", seen_through, [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000])
+    assert channels == 3 or decode(data.tobytes()).min() == 255
+
+
+def test_deep_gray_with_alpha_of_a_jpeg_2000_is_a_reject() -> None:
+    """Pillow makes nothing of its alpha, and OpenCV does not know it."""
+    head = saved(Image.new("LA", (8, 8)), "JPEG2000")
+    at = head.index(b"\xff\x4f\xff\x51") + 42
+    with pytest.raises(DecodeError, match=r"a JPEG 2000 of \[16, 16\] bits is not known: save it as RGB"):
+        decode(head[:at] + b"\x0f" + head[at + 1 : at + 3] + b"\x0f" + head[at + 4 :])
+
+
+def bmp_of(bgra: np.ndarray) -> bytes:
+    """With a header of version 4, which says where alpha is; its first row is at the bottom."""
+    height, width = bgra.shape[:2]
+    masks = struct.pack("<4I", 0x00FF0000, 0x0000FF00, 0x000000FF, 0xFF000000)
+    head = struct.pack("<IiiHHI", 108, width, height, 1, 32, 3) + bytes(20) + masks + bytes(52)
+    return (
+        struct.pack("<2sIHHI", b"BM", 14 + len(head) + bgra.nbytes, 0, 0, 14 + len(head)) + head + bgra[::-1].tobytes()
+    )
+
+
+def test_a_bmp_all_of_which_could_be_seen_through_is_opaque(picture: Image.Image) -> None:
+    rgb = np.asarray(picture)
+    for alpha, is_seen in ((0, True), (255, True), (1, False)):
+        bgra = np.concatenate([rgb[..., ::-1], np.full((*rgb.shape[:2], 1), alpha, np.uint8)], axis=2)
+        assert Image.open(io.BytesIO(bmp_of(bgra))).mode == "RGBA"
+        assert np.array_equal(decode(bmp_of(bgra)), rgb) == is_seen
+
+
+def test_why_an_image_is_not_known() -> None:
+    png = bytearray(saved(Image.new("RGB", (8, 8)), "PNG"))
+    png[30] ^= 1  # of the checksum of its header
+    jpeg = saved(Image.new("RGB", (8, 8)), "JPEG")
+    at = jpeg.index(b"\xff\xc0") + 4
+    for data, reason in (
+        (bytes(png), "damaged image: a PNG whose header or checksums are wrong"),
+        (jpeg[:at] + b"\x0c" + jpeg[at + 1 :], "not a JPEG that is known: it may have 12 bits"),
+        (b"\0\0\0\x18ftypheic" + bytes(60), "HEIC is not known: save it as JPEG"),
+    ):
+        with pytest.raises(DecodeError, match=reason):
+            decode(data)
+
+
 def tga_of(pixels: np.ndarray, bits: int, alpha_bits: int) -> bytes:
     """(H, W) numbers of so many bits, of which it says that some are alpha; its first row is at the top."""
     height, width = pixels.shape
