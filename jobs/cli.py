@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial, wraps
 from inspect import signature
 from typing import Annotated, Any
@@ -272,11 +272,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # in a pipe, too, progress is seen as it is made
     try:
+        _refuse_wrong_words(words)
         return parse(words)() or 0
     except (ValueError, FileNotFoundError, PermissionError) as error:
         return _fail(error, code=2)
     except (OSError, RuntimeError) as error:
         return _fail(error, code=1)
+    except MemoryError as error:
+        return _fail(RuntimeError(f"memory is short ({error}): give smaller files, or a machine with more"), code=1)
     except Stopped as stopped:
         print(f"mrcnn: {stopped}", file=sys.stderr)
         return stopped.exit_code
@@ -285,8 +288,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _refuse_wrong_words(words: Sequence[str]) -> None:
+    """Have what is wrong with a command line told without the secrets in it: tyro shows it as it is."""
+    from pipelines.storage_errors import public_uris
+
+    public = [public_uris(word) for word in words]
+    if public != [*words]:
+        with suppress(ValueError, OSError, RuntimeError):  # a configuration that is read may need them
+            parse(public)
+
+
 def _fail(error: Exception, *, code: int) -> int:
-    from jobs.redaction import public_uris
+    from pipelines.storage_errors import public_uris
 
     if os.environ.get("MRCNN_TRACEBACK"):
         raise error

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 
-from pipelines.storage_errors import QUERY
+from pipelines.storage_errors import USERINFO
 
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-_USERINFO = re.compile(r"""://(?:[^\s/@:"']+:[^\s@"']+|[^\s/@"']+)@""")
-
-
-def public_uris(text: str) -> str:
-    """The text without the user and password of URIs, and without what follows the ? of web addresses: it may sign
-    them."""
-    return QUERY.sub(r"\1", _USERINFO.sub("://", text))
 
 
 def redact(text: str) -> str:
     """The text without the user and password of URIs and without the values of the usual secret variables."""
-    text = _USERINFO.sub("://", text)
+    text = USERINFO.sub("://", text)
     for secret in filter(None, map(os.environ.get, _SECRETS)):
         text = text.replace(secret, "***")
     return text

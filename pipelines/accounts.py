@@ -78,12 +78,13 @@ class Accounts:
         """Why this is not to be used, however the other shards turn out; None where it may be."""
         if len(self.rejects) >= self.images:
             return f"not one image of {config.images} could be used{_breakdown(self.rejects)}"
-        if len(self.rejects) > config.max_reject_share * self.images:
+        # divided, not multiplied: 0.29 * 100 is less than 29
+        if len(self.rejects) / self.images > config.max_reject_share:
             share = _share(len(self.rejects), self.images, "images")
             return f"{share}, --max-reject-share is {config.max_reject_share:g}{_breakdown(self.rejects)}"
         own = [each for each in self.rejected_annotations if not each.reason.startswith(WITH_ITS_IMAGE)]
         inputs = (self.annotations or 0) - (len(self.rejected_annotations) - len(own))
-        if self.annotations is not None and len(own) > config.max_rejected_annotation_share * inputs:
+        if self.annotations is not None and inputs and len(own) / inputs > config.max_rejected_annotation_share:
             share = _share(len(own), inputs, "annotations of images that could be used")
             bound = f"--max-rejected-annotation-share is {config.max_rejected_annotation_share:g}"
             return f"{share}, {bound}{_breakdown(own)}"

@@ -10,6 +10,7 @@ again (pipelines/build_folder.py); the manifest is written when all are there an
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -43,7 +44,7 @@ from pipelines.manifest import LostError, Manifest, Totals
 from pipelines.records import ImageRecord, SourceData
 from pipelines.rows import Scale
 from pipelines.schema import SCHEMA_VERSION
-from pipelines.shard_task import Receipt, ShardSettings, make_shard
+from pipelines.shard_task import PROGRESS, Receipt, ShardSettings, make_shard
 from pipelines.sources import SOURCES
 from pipelines.sources.names import names_sha256, versions_sha256
 from pipelines.storage import Store, open_store
@@ -213,10 +214,18 @@ def run_build(prepared: PreparedBuild) -> BuildSummary:
         if folder.found.receipts is not None:
             receipts = folder.found.receipts | new
             _conclude(prepared, folder, [receipts[name] for name in prepared.shards if name in receipts])
-        tidy(folder.out)
+        _tidy_up(folder.out)
     seconds = prepared.seconds + time.monotonic() - start
     first, *more = (_summary(folder.out, new, seconds) for folder, new in zip(prepared.folders, made, strict=True))
     return replace(first, more=tuple(more), passed_over=prepared.source.passed_over)
+
+
+def _tidy_up(out: Store) -> None:
+    """Of a finished folder: what cannot be removed, for want of the right to, does no harm."""
+    try:
+        tidy(out)
+    except PermissionError as error:
+        print(f"warning: {error}. {out.uri} is finished; {PROGRESS}/ stays in it, and does no harm", file=sys.stderr)
 
 
 def _plan(config: BuildConfig, source: SourceData, scale: Scale) -> dict[str, Any]:
@@ -259,11 +268,12 @@ def _run(prepared: PreparedBuild) -> list[dict[str, Receipt]]:
     missing = prepared.missing
     there = {name: each for folder in prepared.folders for name, each in (folder.found.receipts or {}).items()}
     before = account(prepared.source, [each for name, each in there.items() if name not in missing])
-    rejects, bound = len(before.rejects), max(ENOUGH, prepared.config.max_reject_share * before.images)
+    rejects, share = len(before.rejects), prepared.config.max_reject_share
     made: list[dict[str, Receipt]] = [{} for _ in prepared.folders]
     images = sum(len(prepared.shards[name]) for name in missing)
     with tqdm(total=images, unit=" images", desc="build-data", disable=None) as bar:
-        begun = takewhile(lambda _: rejects <= bound, missing.items())  # asked as tasks are begun, and `rejects` grows
+        # asked as tasks are begun, and `rejects` grows
+        begun = takewhile(lambda _: rejects <= ENOUGH or rejects / before.images <= share, missing.items())
         tasks = (_task(prepared, name, folders) for name, folders in begun)
         for row in run_tasks(partial(make_shard, settings=prepared.settings), tasks) if missing else ():
             receipts = [Receipt.from_json(each) for each in row["receipts"]]

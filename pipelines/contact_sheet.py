@@ -64,7 +64,8 @@ def draw_cell(row: Row, dataset: ShardDataset) -> Pixels:
 
 def _caption(row: Row, width: int) -> Pixels:
     name = row.uri.rsplit("/", 1)[-1]
-    text = f"{name}: {row.source_size[1]} x {row.source_size[0]}, {len(row.instances)} objects"
+    place = f" at {row.tile['x']}, {row.tile['y']}" if row.tile else ""
+    text = f"{name}: {row.source_size[1]} x {row.source_size[0]}{place}, {len(row.instances)} objects"
     line = np.full((CAPTION, width, 3), 255, np.uint8)
     shown = text.encode("ascii", "replace").decode()  # OpenCV's fonts have no more
     cv2.putText(line, shown, (4, CAPTION - 9), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)

@@ -28,6 +28,8 @@ class Row:
     """Height and width of the original"""
     instances: list[dict[str, Any]]
     """As in pipelines/schema.py"""
+    tile: dict[str, int] | None = None
+    """As there: where it lies in its image, if it is a part of one"""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -96,6 +98,7 @@ class ShardDataset:
             image=image,
             source_size=(row["source_height"].as_py(), row["source_width"].as_py()),
             instances=row["instances"].as_py(),
+            tile=row["tile"].as_py(),
         )
 
     def damaged(self, index: int, what: str) -> ValueError:

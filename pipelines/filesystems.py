@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from botocore.exceptions import ClientError
 
 from pipelines.http_session import BoundedSession
 from pipelines.storage_errors import UnfitFileError
+from pipelines.web_files import WebFiles
 
 # They tell at INFO where they found which credentials.
 for _name in ("botocore", "aiobotocore"):
@@ -21,6 +23,7 @@ for _name in ("botocore", "aiobotocore"):
 
 WEB = ("http", "https")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+CA_BUNDLE = "AWS_CA_BUNDLE"
 ENDPOINT = re.compile(r"https?://([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d+)?(/[^\s?#@]*)?")
 CONNECT_SECONDS = 3
 HURRIED_SECONDS = 4.0
@@ -45,12 +48,16 @@ def _filesystem_for(scheme: str, settings: tuple[tuple[str, str], ...], process:
     if scheme in WEB:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
         client = {"timeout": timeout, "trust_env": True}  # proxies, as botocore takes them
-        return fsspec.filesystem(scheme, client_kwargs=client, encoded=True, skip_instance_cache=True)
+        return WebFiles(client_kwargs=client, encoded=True, skip_instance_cache=True)
     if scheme != "s3":
+        if _needs_more_than_uris(scheme):  # looked up, not tried: what fsspec has half made it tells of when it goes
+            raise UnfitFileError(f"{scheme}://...", "such a file system needs more than a URI")
         try:
             return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
-        except (TypeError, AttributeError):  # it lacks an argument
+        except (TypeError, AttributeError):  # it lacks an argument after all
             raise UnfitFileError(f"{scheme}://...", "such a file system needs more than a URI") from None
+    for name, value in settings:
+        _check_setting(name, value)
     endpoints = [(name, value) for name, value in settings if name in ENDPOINTS and value]
     for name, value in endpoints:
         _check_endpoint(name, value)
@@ -66,6 +73,20 @@ def _filesystem_for(scheme: str, settings: tuple[tuple[str, str], ...], process:
     made = fsspec.filesystem("s3", config_kwargs=config, skip_instance_cache=True, use_listings_cache=False)
     made.retries = 1  # botocore has tried again what s3fs would
     return made
+
+
+def _needs_more_than_uris(scheme: str) -> bool:
+    """Whether its file system cannot be made without arguments, such as a host."""
+    arguments = [*inspect.signature(fsspec.get_filesystem_class(scheme).__init__).parameters.values()][1:]
+    return any(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in arguments)
+
+
+def _check_setting(name: str, value: str) -> None:
+    """Raise ValueError, without the value, which may be secret, for what no server would take."""
+    if not value.isprintable():
+        raise ValueError(f"{name} holds a line break, or other control characters: set it without them")
+    if name == CA_BUNDLE and value and not os.path.exists(value):
+        raise ValueError(f"{name} is {value!r}, where there is no file: name one of certificates, or unset it")
 
 
 def _check_endpoint(name: str, value: str) -> None:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from mrcnn.structures import Category
 from pipelines.manifest import check_sum
+from pipelines.storage_errors import public_uris, without_secrets
 
 Stage = Literal["source", "read", "decode", "validate"]
 
@@ -33,9 +34,11 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _short(reason: str) -> str:
+def _stored(reason: str) -> str:
+    """A reason as it can be stored: it may quote what is no Unicode, what is of any size, and addresses that are
+    signed."""
     text = printable(reason)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return public_uris(text if len(text) <= LONGEST else f"{text[:LONGEST]}...")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Reject:
     reason: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reason", _short(self.reason))  # which may quote what is no Unicode
+        object.__setattr__(self, "uri", without_secrets(self.uri))
+        object.__setattr__(self, "reason", _stored(self.reason))
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class RejectedAnnotation:
     reason: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "reason", _short(self.reason))
+        object.__setattr__(self, "uri", without_secrets(self.uri))
+        object.__setattr__(self, "reason", _stored(self.reason))
 
 
 class SourceError(ValueError):

@@ -91,12 +91,12 @@ class Store:
 
     def read_bytes(self, name: str, at_most: int | None = None) -> bytes:
         """A whole file. Raises FileRefusedError where it alone is refused, UnfitFileError where it is no file, or (on
-        disk and S3) one of more than `at_most` bytes."""
+        disk, S3 and web servers) one of more than `at_most` bytes."""
         try:
             if self.uri.startswith("s3://"):
                 return s3_objects.get(f"{self._root}/{check_name(name)}", at_most)
             if not self.is_local:
-                return self._call("cat_file", name)
+                return self._call("cat_file", name, **({"at_most": at_most} if self._scheme in WEB else {}))
             with plain_errors(self.uri_of(name)):  # an image a millisecond: fsspec takes as long as the disk
                 return read_whole(self.uri_of(name), at_most)
         except CredentialsError:

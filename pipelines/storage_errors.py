@@ -10,8 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from aiohttp import ClientConnectorDNSError, ClientResponseError
+from aiohttp import (
+    ClientConnectorCertificateError,
+    ClientConnectorDNSError,
+    ClientConnectorSSLError,
+    ClientResponseError,
+    InvalidURL,
+    NonHttpUrlClientError,
+    TooManyRedirects,
+)
 from aiohttp import ClientError as BodyError
+from aiohttp.http_exceptions import HttpProcessingError
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -30,10 +39,13 @@ OF_CREDENTIALS = {"ExpiredToken", "InvalidAccessKeyId", "RequestTimeTooSkewed"}
 ASK_AGAIN = {408, 425, 429}  # a web server's words for "later"
 GONE = {404, 410}
 NO_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}  # not EAI_AGAIN: nobody knows now
+NO_ADDRESS = (InvalidURL, NonHttpUrlClientError)  # of a redirection, too
+UNSAFE = (ClientConnectorCertificateError, ClientConnectorSSLError)
 WEB_ERRORS = (BodyError, TimeoutError)  # of aiohttp, a server that cannot be reached among them
 # What stands before an @ where the host should be; a colon that no port follows: a secret key may hold slashes.
 LOGIN = re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
 HALF_LOGIN = re.compile(r"(://[^/:@\[]*):(?!\d+(?:/|$))[^/@]*|(?<=http)(s?:/+|s?//+)[^/@]*@", re.IGNORECASE)  # mistyped
+USERINFO = re.compile(r"""://(?:[^\s/@:"']+:[^\s@"']+|[^\s/@"']+)@""")  # in a text
 QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*", re.IGNORECASE)
 # Of addresses that a query may sign, in a line of a list also behind a quote or another column; and by what it says
 SIGNED = re.compile(
@@ -75,6 +87,12 @@ def without_secrets(uri: str) -> str:
     return public.partition("?")[0] if SIGNED.search(public) else public
 
 
+def public_uris(text: str) -> str:
+    """A text without the user and password of URIs in it, and without what follows the ? of web addresses: it may sign
+    them."""
+    return QUERY.sub(r"\1", USERINFO.sub("://", text))
+
+
 @contextmanager
 def plain_errors(uri: str) -> Iterator[None]:
     """Turn what is raised into FileNotFoundError, PermissionError (credentials, modes) or ValueError (all else; of what
@@ -92,8 +110,12 @@ def plain_errors(uri: str) -> Iterator[None]:
             raise FileNotFoundError(
                 f"there is no bucket {bucket}{endpoint_hint(uri)}: make it, or name another"
             ) from None
+        if isinstance(error, IsADirectoryError):
+            raise FileNotFoundError(f"{uri} is a folder: give a file") from None
         raise FileNotFoundError(f"there is no file {uri}{endpoint_hint(uri)}") from None
-    except (NoCredentialsError, PartialCredentialsError, ProfileNotFound):
+    except ProfileNotFound as error:
+        raise PermissionError(f"no credentials for {uri}: {error}: unset AWS_PROFILE, or name one that is") from None
+    except (NoCredentialsError, PartialCredentialsError):
         raise PermissionError(f"no credentials for {uri}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from None
     except PermissionError as error:
         kind = CredentialsError if s3_code(error) in OF_CREDENTIALS else PermissionError
@@ -154,8 +176,12 @@ def _web_answer(error: OSError) -> Exception | None:
 
 
 def _web_error(uri: str, error: Exception) -> Exception:
+    if isinstance(error, TooManyRedirects):
+        return UnfitFileError(uri, "the server sends from one address to the next")
     if not isinstance(error, ClientResponseError):
         return _other_error(uri, error)
+    if isinstance(error.__cause__, HttpProcessingError):
+        return UnfitFileError(uri, "the server's answer is not HTTP")
     if error.status >= 500 or error.status in ASK_AGAIN:
         return UnreachableError(f"{uri} cannot be read: the server answers {error.status}")
     return PermissionError(f"{uri} was refused: the server answers {error.status}")
@@ -172,6 +198,10 @@ def _other_error(uri: str, error: Exception) -> Exception:
         return FileNotFoundError(f"there is no file {uri}: the name is too long")
     if isinstance(error, ClientConnectorDNSError) and error.os_error.errno in NO_HOST:
         return UnfitFileError(uri, "there is no such host")
+    if isinstance(error, UNSAFE):
+        return UnfitFileError(uri, f"the server cannot be trusted: {type(error).__name__}")
+    if isinstance(error, NO_ADDRESS):
+        return UnfitFileError(uri, "the server sends to what is no web address")
     if isinstance(error, ParamValidationError):
         return ValueError(f"{uri} is not a valid URI: write s3://bucket/prefix")
     if isinstance(error, OSError) and error.errno in FULL:

@@ -168,4 +168,6 @@ def _rle_ends(rle: dict[str, Any], size: tuple[int, int]) -> Ends:
         ends = np.cumsum(np.array(numbers, np.int64))
     if len(ends) == 0 or ends[-1] != size[0] * size[1]:
         raise AnnotationError(f"run lengths do not fill the image: {ends[-1] if len(ends) else 0} pixels")
+    if not np.diff(ends)[::2].any():
+        raise AnnotationError("mask is empty")
     return ends

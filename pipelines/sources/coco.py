@@ -57,7 +57,9 @@ def coco_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequen
     labels = {category.id: label for label, category in enumerate(categories, start=1)}
     for each in json.loads(record.annotations or "[]"):
         id_, category_id = whole(each.get("id"), INT64), whole(each.get("category_id"), INT32)
-        if id_ is None:
+        if "segments_info" in each:
+            objects.rejected.append((id_, "annotation is COCO's panoptic: give its instances file"))
+        elif id_ is None:
             objects.rejected.append((None, f"annotation id is not a whole number: {each.get('id')!r}"))
         elif category_id not in labels:
             objects.rejected.append((id_, f"unknown category: {each.get('category_id')!r}"))
@@ -229,7 +231,7 @@ def _file_name(image: dict[str, Any]) -> Any:
     """An image's file_name; where LVIS has none, folder and name at the end of its address in COCO."""
     name, address = image.get("file_name"), image.get("coco_url")
     if name is None and isinstance(address, str):
-        name = "/".join(address.split("/")[-2:])
+        name = "/".join(address.partition("?")[0].split("/")[-2:])
     return plain_name(name) if isinstance(name, str) else name
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
+from urllib.parse import unquote
 
 from mrcnn.structures import Category
 from pipelines.config import BuildConfig
@@ -21,12 +24,14 @@ from pipelines.sources.names import (
     shown_uri,
     text_fault,
     unfollowed_folders,
+    versions_below,
 )
 from pipelines.storage import Store, open_store, read_uri, split_uri
 from pipelines.storage_errors import plain_errors, without_secrets
 
 LISTED_TWICE = "listed twice"
-LOCAL = "file://"
+LOCAL = "file:"
+THIS_MACHINE = re.compile(r"file:(?://(?:localhost)?(?=/))?(/(?!/).*)")
 
 
 @dataclass(frozen=True)
@@ -57,16 +62,16 @@ def read_image_files(config: BuildConfig) -> SourceData:
     comes twice, or cannot be a file, is a reject. The files of a list are taken as unchanging. Raises FileNotFoundError
     where there are no images.
     """
-    if config.images.endswith(".txt"):
+    if config.images.endswith(".txt") and not os.path.isdir(config.images):
         return _read_list(config.images)
     images = open_store(config.images).check_folder()
-    listed = sorted(images.versions(follow_links=config.follow_links))
-    versions = {name: version for name, version in listed if name.lower().endswith(SUFFIXES)}
+    listed = versions_below(images, config)
+    versions = {name: version for name, version in listed.items() if name.lower().endswith(SUFFIXES)}
     if not versions:
         raise FileNotFoundError(f"{images.uri} holds no images ({', '.join(SUFFIXES)}): give the folder that does")
     rejects = unfollowed_folders(images, follow_links=config.follow_links)
     source = named_images(images, list(versions), versions=versions, rejects=rejects)
-    return replace(source, passed_over=tuple(name for name, _ in listed if name not in versions))
+    return replace(source, passed_over=tuple(name for name in listed if name not in versions))
 
 
 def named_images(
@@ -136,11 +141,20 @@ def listed_files(uri: str) -> Iterator[tuple[str, str | None]]:
             at += len(data)
             if line.strip():
                 is_empty = False
-                line = plain_name(line).removeprefix(LOCAL)
+                line = plain_name(_path_of(line) if line.startswith(LOCAL) else line)
                 full = line if "://" in line or line.startswith("/") else f"{store.uri}/{line}"
                 yield full, _line_fault(line, full)
     if is_empty:
         raise FileNotFoundError(f"{uri} lists no images: write one URI a line")
+
+
+def _path_of(uri: str) -> str:
+    """Of a file:// URI, as RFC 8089 has them, and as others write them without escapes: then there is a file of the
+    name as it stands. A URI of another machine stays what it is."""
+    found = THIS_MACHINE.fullmatch(uri)
+    if found is None or "%" not in found[1] or os.path.lexists(found[1]):
+        return found[1] if found else uri
+    return unquote(found[1], errors="surrogateescape")
 
 
 def _text(line: bytes, uri: str, at: int) -> str:
@@ -152,6 +166,8 @@ def _text(line: bytes, uri: str, at: int) -> str:
 
 
 def _line_fault(line: str, full: str) -> str | None:
+    if line.startswith(LOCAL):
+        return "not a URI that can be read: it names another machine, or no whole path: write file:///path"
     if line is not full and not line.startswith("/") and "://" not in line:
         return name_fault(line)
     folder, _, name = full.rpartition("/")

@@ -1,11 +1,12 @@
-"""LabelMe: a JSON file of shapes beside each image."""
+"""LabelMe: a JSON file of shapes for each image, beside it or with its path."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import math
-from collections.abc import Iterator, Sequence
+import posixpath
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -27,13 +28,14 @@ from pipelines.sources.annotation_files import (
     points_of,
 )
 from pipelines.sources.image_files import named_images
-from pipelines.sources.names import SUFFIXES, links_outside, shown_uri, unfollowed_folders
+from pipelines.sources.names import SUFFIXES, links_outside, shown_uri, unfollowed_folders, versions_below
 from pipelines.storage import Store, open_store
 from pipelines.storage_errors import FileRefusedError, UnfitFileError
 
 JSON = ".json"
 CIRCLE_ERROR = 0.1  # pixels by which a circle's polygon may be inside of it
 READ_THREADS, READ_AHEAD = 8, 32
+LARGEST_JSON = 2**27  # bytes of one that is read before its image's turn: many are in memory
 NEEDED = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}  # points of shapes that have an inside
 
 
@@ -47,25 +49,35 @@ class _Mask:
 
 
 def read_labelme(config: BuildConfig) -> SourceData:
-    """Records of all images below `config.images`, each with the JSON of its own name (a.json for a.jpg); an image
-    without one has not been annotated, and is a reject, as is the second image for a JSON, or the second JSON for an
-    image. A JSON without image stands for the image in its imageData.
+    """Records of all images below `config.images`, each with the JSON of its own name (a.json for a.jpg), or else with
+    the one whose imagePath leads to it; an image without one has not been annotated, and is a reject, as is the second
+    image for a JSON, or the second JSON for an image. A JSON without image stands for the image in its imageData.
 
     Category ids are the labels, 1..K, in the order of `config.classes` or else of the sorted names that occur. Raises
-    FileNotFoundError where there are no JSON files, ValueError where they name no class.
+    FileNotFoundError where there are no JSON files, ValueError where they name no class, or `config.out` is their
+    folder.
     """
     images = open_store(config.images).check_folder()
-    listed = dict(sorted(images.versions((*SUFFIXES, JSON), follow_links=config.follow_links)))
+    if open_store(config.out).uri == images.uri:
+        raise ValueError(f"--out is {images.uri}, the folder of the JSON files: give another, such as one in it")
+    listed = versions_below(images, config, (*SUFFIXES, JSON))
     photos = [name for name in listed if not name.lower().endswith(JSON)]
-    stems = {_stem(name) for name in photos}
     notes = [name for name in listed if name.lower().endswith(JSON)]
-    jsons = {_stem(name): name for name in reversed(notes)}
-    if not jsons:
+    by_stem = {_stem(name): name for name in reversed(notes)}
+    if not notes:
         raise FileNotFoundError(f"{images.uri} holds no JSON files beside its images: is it LabelMe?")
-    classes = config.classes or tuple(sorted(set(_labels(images, sorted(jsons.values()), config.follow_links))))
+    jsons = {name: by_stem[_stem(name)] for name in photos if _stem(name) in by_stem}
+    twins = _twins([*jsons])
+    alone = sorted({*by_stem.values()} - {*jsons.values()})
+    looked_into = alone if config.classes else sorted(by_stem.values())
+    labels, paths = _labels_and_paths(images, looked_into, config.follow_links)
+    without = {*photos} - jsons.keys()
+    for note in alone:
+        if (photo := _photo_of(note, paths[note])) in without:
+            jsons.setdefault(photo, note)
+    classes = config.classes or tuple(sorted(labels))
     if not classes:
         raise ValueError(f"{images.uri}: no shape of its JSON files has a label: is it LabelMe?")
-    twins = _twins([name for name in photos if _stem(name) in jsons])
     rejects = [
         Reject(shown_uri(images, name), None, "source", f"two images for one JSON: {first} is the other")
         for name, first in twins.items()
@@ -73,15 +85,15 @@ def read_labelme(config: BuildConfig) -> SourceData:
     rejects += [  # such as a.json beside a.JSON
         Reject(shown_uri(images, name), None, "source", f"two JSON files for one image: {other} is the other")
         for name in notes
-        if (other := jsons[_stem(name)]) != name
+        if (other := by_stem[_stem(name)]) != name
     ]
     return named_images(
         images,
-        sorted({*photos, *(name for stem, name in jsons.items() if stem not in stems)} - twins.keys()),
+        sorted({*photos, *by_stem.values()} - {*jsons.values()} - twins.keys()),
         rejects=[*rejects, *unfollowed_folders(images, follow_links=config.follow_links)],
         categories=tuple(Category(id=id_, name=name) for id_, name in enumerate(classes, start=1)),
         versions=listed,
-        annotation_files=lambda name: (jsons.get(_stem(name), f"{_stem(name)}{JSON}"),),
+        annotation_files=lambda name: (jsons.get(name) or by_stem.get(_stem(name), f"{_stem(name)}{JSON}"),),
     )
 
 
@@ -227,22 +239,32 @@ def _circle(centre: tuple[float, float], radius: float) -> Points:
     return [(centre[0] + radius * math.cos(each), centre[1] + radius * math.sin(each)) for each in angles]
 
 
-def _labels(images: Store, names: Sequence[str], follow_links: bool) -> Iterator[str]:
-    """Labels of all shapes; a file that cannot be used is told when its image's turn comes."""
+def _labels_and_paths(images: Store, names: Sequence[str], follow_links: bool) -> tuple[set[str], dict[str, Any]]:
+    """Labels of all shapes of some JSON files, and what each of these calls its image; a file that cannot be used is
+    told when its image's turn comes."""
 
-    def read(name: str) -> list[Any]:
+    def read(name: str) -> dict[str, Any]:
         if not follow_links and links_outside(images, name):
-            return []
+            return {}
         try:
-            return parse_object(images.read_bytes(name)).get("shapes") or []
+            return parse_object(images.read_bytes(name, LARGEST_JSON))
         except (FileNotFoundError, FileRefusedError, UnfitFileError, SourceError):
-            return []
+            return {}
 
-    for shapes in prefetched(read, names, threads=READ_THREADS, ahead=READ_AHEAD):
-        for shape in shapes if isinstance(shapes, list) else []:
-            label = shape.get("label") if isinstance(shape, dict) else None
-            if isinstance(label, str) and label == printable(label):  # no class is called what is not Unicode
-                yield label
+    labels, paths = set[str](), dict[str, Any]()
+    for name, content in zip(names, prefetched(read, names, threads=READ_THREADS, ahead=READ_AHEAD), strict=True):
+        shapes, paths[name] = content.get("shapes"), content.get("imagePath")
+        found = [shape.get("label") for shape in shapes if isinstance(shape, dict)] if isinstance(shapes, list) else []
+        # no class is called what is not Unicode
+        labels.update(label for label in found if isinstance(label, str) and label == printable(label))
+    return labels, paths
+
+
+def _photo_of(note: str, path: Any) -> str:
+    """The name that an imagePath gives, which is relative to its JSON; the JSON's own where it is no path."""
+    if not isinstance(path, str):
+        return note
+    return posixpath.normpath(posixpath.join(posixpath.dirname(note), path.replace("\\", "/")))
 
 
 def _twins(photos: Sequence[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,7 +50,7 @@ class OpenedRecord:
 def read_record(images: Images, record: ImageRecord, *, follow_links: bool, max_pixels: int = MAX_PIXELS) -> ReadRecord:
     """Read a record's files. One that is missing, refused, outside of the folder, or larger than any image of
     `max_pixels` is a fault of the record; anything else that goes wrong (credentials, no connection) is raised. The
-    record of an image that is found by `_with_slashes` has that name."""
+    record of an image that is found by one of its `_other_spellings` has that name."""
     read, files = partial(read_file, images, follow_links=follow_links, max_pixels=max_pixels), list[bytes]()
     for name in record.annotation_files:
         data = read(name)
@@ -57,18 +58,22 @@ def read_record(images: Images, record: ImageRecord, *, follow_links: bool, max_
             return ReadRecord(record, b"", (), ("read", f"annotation file, {data}: {name}"))
         files.append(data)
     image = read(record.file_name)
-    if image == MISSING and (other := _with_slashes(images, record.file_name)):
+    for other in _other_spellings(images, record.file_name) if image == MISSING else ():
         image = read(other)
-        record = record if image == MISSING else replace(record, file_name=other)
+        if image != MISSING:
+            record = replace(record, file_name=other)
+            break
     if isinstance(image, str):  # its annotations are counted nevertheless
         return ReadRecord(record, b"", tuple(files), ("read", image))
     return ReadRecord(record, image, tuple(files), None)
 
 
-def _with_slashes(images: Images, name: str) -> str | None:
-    """The name that a Windows program means by one with backslashes, below the folder."""
-    other = plain_name(name.replace("\\", "/"))
-    return other if other != name and isinstance(images, Store) and name_fault(other) is None else None
+def _other_spellings(images: Images, name: str) -> list[str]:
+    """The names of a file in a folder that may be meant by one: by a Windows program's with backslashes; by one whose
+    letters have their accents apart, as on a Mac, or not."""
+    plain = plain_name(name.replace("\\", "/"))
+    spellings = dict.fromkeys([plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))])
+    return [each for each in spellings if each != name and isinstance(images, Store) and name_fault(each) is None]
 
 
 def open_record(

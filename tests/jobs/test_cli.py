@@ -109,6 +109,21 @@ def test_a_folder_without_shards_is_told_before_ray_starts(
     assert str(tmp_path) in err
 
 
+def test_secrets_in_words_that_are_wrong_are_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A parser of command lines shows them as they are."""
+    login, signed = "s3://KEY:SECRET@bucket/x", "https://host.example/a?sig=SECRET"
+    for words in (
+        ["--imags", login, "--out", "o"], ["--images", "a", "--out", "o", "--max-reject-share", login],
+        ["--images", "a", "--out", "o", "--format", signed],
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as raised:
+            main(["build-data", *words])
+        assert raised.value.code == 2
+        told = capsys.readouterr()
+        assert "SECRET" not in told.err + told.out
+        assert "bucket/x" in told.err or "host.example" in told.err
+
+
 def test_what_signs_a_web_address_is_not_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     address = "http://127.0.0.1:9/data?token=SECRET"
     assert main(["verify-data", address]) == 2

@@ -172,6 +172,39 @@ def test_mended_images_are_taken_by_the_same_command(config: BuildConfig) -> Non
     assert (summary.shards_made, summary.totals.rows, summary.totals.rejects) == (1, 16, 0)
 
 
+@pytest.mark.parametrize("enough", [0, 1000])
+def test_a_share_is_not_exceeded_by_rounding(config: BuildConfig, enough: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.29 * 100 is less than 29."""
+    monkeypatch.setattr(build_module, "run_tasks", run_inline)
+    monkeypatch.setattr(build_module, "ENOUGH", enough)
+    content = json.loads(Path(config.annotations or "").read_text())
+    images = [{**content["images"][i % 16], "id": i} for i in range(100)]
+    for each in images[:29]:
+        each["file_name"] = f"nowhere{each['id']}.jpg"
+    Path(config.annotations or "").write_text(json.dumps({**content, "images": images, "annotations": []}))
+    with pytest.raises(ValueError, match="29 of 100 images"):
+        build(replace(config, max_reject_share=0.28))
+    assert build(replace(config, max_reject_share=0.29)).totals.rejects == 29
+
+
+def test_what_signs_an_address_is_in_no_list_of_rejects(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "run_tasks", run_inline)
+    content = json.loads(Path(config.annotations or "").read_text())
+    signed = "https://bucket.example/a/b.jpg?X-Amz-Signature=SECRET"
+    names = [signed, "s3://KEY:SECRET@bucket/a.jpg"]
+    content["images"] += [{"id": 1000 + i, "file_name": name} for i, name in enumerate(names)]
+    content["images"] += [{"id": 2000, "coco_url": signed}]
+    content["annotations"][0]["category_id"] = signed
+    Path(config.annotations or "").write_text(json.dumps(content))
+    build(replace(config, max_reject_share=0.5))
+    lists = rejects(config.out), rejects(config.out, "rejected_annotations.parquet")
+    assert "SECRET" not in str(lists)
+    assert [each["uri"].removeprefix(f"{config.images}/") for each in lists[0]] == [
+        "https://bucket.example/a/b.jpg", "s3://bucket/a.jpg", "a/b.jpg",
+    ]  # fmt: skip
+    assert [each["reason"] for each in lists[1]] == ["unknown category: 'https://bucket.example/a/b.jpg'"]
+
+
 def test_many_rejects_end_a_large_build_early(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: Counter[str] = Counter()
 

@@ -272,6 +272,27 @@ def _first_alone(function: Callable[[Task], Task], tasks: Iterable[Task]) -> Ite
 
 
 @pytest.mark.usefixtures("here")
+def test_who_may_not_remove_has_a_finished_build(
+    toy_config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As buckets are where all is kept."""
+    config = replace(toy_config, out=str(tmp_path))
+
+    def refused(self: Store, name: str) -> None:
+        raise PermissionError(f"{self.uri}/{name} was refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "remove_folder", refused)
+        for made in (4, 0):
+            assert build(config).shards_made == made
+            told = f"{tmp_path} is finished; _progress/ stays in it, and does no harm"
+            assert told in capsys.readouterr().err
+    assert (tmp_path / PROGRESS).is_dir()
+    assert build(config).shards_made == 0
+    assert not (tmp_path / PROGRESS).exists()
+
+
+@pytest.mark.usefixtures("here")
 def test_one_size_of_several_may_lose_shards(toy_config: BuildConfig, tmp_path: Path) -> None:
     config = replace(toy_config, out=str(tmp_path), more_sides=(32,))
     build(config)

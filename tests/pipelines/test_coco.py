@@ -152,6 +152,7 @@ def test_annotations_of_no_image_are_rejected(tmp_path: Path, bad: Any, reason: 
     [
         (annotation("x"), "annotation id is not a whole number: 'x'"),
         (annotation(2.5), "annotation id is not a whole number: 2.5"),
+        ({"image_id": 1, "segments_info": []}, "annotation is COCO's panoptic: give its instances file"),
         (annotation(2, category_id=8), "unknown category: 8"),
         (annotation(2, category_id=None), "unknown category: None"),
         (annotation(2, category_id="7"), "unknown category: '7'"),
@@ -185,9 +186,12 @@ def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
 def test_images_of_lvis_are_named_by_their_address(tmp_path: Path) -> None:
     address = "http://images.cocodataset.org/val2017/000000000139.jpg"
     odd = [image(3, file_name=None, coco_url="http://x/../a.jpg"), image(4, file_name=None, coco_url=5)]
-    listed = [image(1, file_name=None, coco_url=address), image(2, coco_url=address), *odd]
+    signed = image(6, file_name=None, coco_url=f"{address}?sig=a/b/c")
+    listed = [image(1, file_name=None, coco_url=address), image(2, coco_url=address), signed, *odd]
     source = read(coco(tmp_path, images=listed))
-    assert [each.file_name for each in source.records] == ["val2017/000000000139.jpg", "2.jpg"]
+    assert [each.file_name for each in source.records] == [
+        "val2017/000000000139.jpg", "2.jpg", "val2017/000000000139.jpg",
+    ]  # fmt: skip
     reasons = ["file name leads out of the image folder", "image has no file_name"]
     assert [each.reason for each in source.rejects] == reasons
 

@@ -12,7 +12,8 @@ import pytest
 from sources import built, write_image
 
 from jobs.cli import main
-from pipelines.contact_sheet import CAPTION, FILE_NAME, MARGIN, SIDE, write_contact_sheet
+from pipelines.contact_sheet import CAPTION, FILE_NAME, MARGIN, SIDE, _caption, write_contact_sheet
+from pipelines.dataset import Row
 from pipelines.inspect import DataSummary, summarize
 from pipelines.manifest import Manifest
 from pipelines.storage import Store, open_store
@@ -62,6 +63,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def summary(shards: str) -> DataSummary:
     return summarize(shards)
+
+
+def test_tiles_are_told_apart(tmp_path: Path) -> None:
+    row = Row(1, "s3://b/large.png", np.zeros((64, 64, 3), np.uint8), (64, 64), [], {"x": 32, "y": 0})
+    first = Row(1, row.uri, row.image, row.source_size, [], {"x": 0, "y": 0})
+    assert not np.array_equal(_caption(row, 800), _caption(first, 800))
 
 
 def test_counts(summary: DataSummary) -> None:

@@ -132,6 +132,25 @@ def test_a_bucket_that_is_not_there_is_called_so(answering: Any) -> None:
         open_store("s3://bucket/folder").check_answers()
 
 
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
+def test_a_line_break_in_a_credential_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file that was mounted has one at its end."""
+    monkeypatch.setenv(name, "SECRET\n")
+    with pytest.raises(ValueError, match=rf"^{name} holds a line break, or other control characters") as told:
+        open_store("s3://bucket/folder").check_answers()
+    assert "SECRET\n" not in str(told.value)
+
+
+def test_a_profile_or_certificates_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nope")
+    with pytest.raises(PermissionError, match=r"no credentials for s3://bucket/folder: .*nope.* unset AWS_PROFILE"):
+        open_store("s3://bucket/folder").check_answers()
+    monkeypatch.delenv("AWS_PROFILE")
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/nope.pem")
+    with pytest.raises(ValueError, match=r"^AWS_CA_BUNDLE is '/nope.pem', where there is no file"):
+        open_store("s3://bucket/folder").check_answers()
+
+
 @pytest.mark.parametrize(
     "value",
     ["http://user:SECRET@127.0.0.1:9", "http://user:SEC/RET@127.0.0.1:9", "http://127.0.0.1:9/?token=SECRET",

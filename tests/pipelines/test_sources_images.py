@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import ClientConnectorCertificateError
+from aiohttp.client_reqrep import ConnectionKey
 from inline import build_here
 from sources import built, write_image
 
@@ -21,8 +26,8 @@ from pipelines.filesystems import ATTEMPTS
 from pipelines.sources import SOURCES
 from pipelines.sources.image_files import ListedImages
 from pipelines.sources.names import SUFFIXES, image_ids, shown_uri
-from pipelines.storage import open_store
-from pipelines.storage_errors import without_secrets
+from pipelines.storage import open_store, read_uri
+from pipelines.storage_errors import UnfitFileError, UnreachableError, plain_errors, without_secrets
 
 
 def test_a_folder_is_all_images_below_it(tmp_path: Path) -> None:
@@ -98,6 +103,91 @@ def test_a_list_of_web_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             built(tmp_path / "down", images=str(tmp_path / "list.txt"), format="images")
         assert Web.asked["/down.png"] == ATTEMPTS
         server.shutdown()
+
+
+@pytest.fixture
+def odd_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server whose answers are none."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    class Odd(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/garbage":
+                self.wfile.write(b"HTTP/9.9 hello\r\n\r\n")
+                return
+            self.send_response(302 if self.path in ("/loop", "/away") else 200)
+            self.send_header("Location", "/loop" if self.path == "/loop" else "file:///etc/passwd")
+            self.send_header("Content-Length", "6000000000" if self.path == "/huge" else "5")
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(5 if self.path == "/drip" else 0):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+
+        def log_message(self, *args: Any) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("huge", "file too large: 6000000000 bytes, the bound is 1000"),
+        ("loop", "the server sends from one address to the next"),
+        ("away", "the server sends to what is no web address"),
+        ("garbage", "the server's answer is not HTTP"),
+    ],
+)
+def test_what_no_web_server_should_answer_is_a_reject(odd_server: str, name: str, reason: str) -> None:
+    with pytest.raises(UnfitFileError) as raised:
+        read_uri(f"{odd_server}/{name}", 1000)
+    assert raised.value.reason == reason
+
+
+def test_a_server_that_is_not_trusted_is_a_reject() -> None:
+    key = ConnectionKey("host.example", 443, True, True, None, None, None)
+    error = ClientConnectorCertificateError(key, ssl.SSLCertVerificationError("self-signed"))
+    with pytest.raises(UnfitFileError) as raised, plain_errors("https://host.example/a.jpg?sig=SECRET"):
+        raise error
+    assert raised.value.reason == "the server cannot be trusted: ClientConnectorCertificateError"
+    assert "SECRET" not in str(raised.value)
+
+
+def test_a_web_server_that_drips_is_given_up(odd_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_uri(f"{odd_server}/drip") == b"xxxxx"
+    monkeypatch.setattr("pipelines.web_files.SILENCES", 0.005)  # of 20 s
+    with pytest.raises(UnreachableError, match=r"/drip cannot be used: ClientPayloadError: \d bytes in 0 s"):
+        read_uri(f"{odd_server}/drip")
+
+
+def test_file_uris_of_a_list(tmp_path: Path) -> None:
+    """As Python, Java, browsers and people write them."""
+    data = tmp_path / "with space"
+    for value, name in enumerate(("a b#1?ä.png", "50%25.png", "c.png", "d.png")):
+        write_image(data / name, value=10 * value)
+    lines = [
+        (data / "a b#1?ä.png").as_uri(), f"file://{data}/50%25.png", f"file://localhost{data.as_uri()[7:]}/c.png",
+        f"file:{data}/d.png", "file://elsewhere/share/e.png", "file:f.png", f"{data.as_uri()}/none.png",
+    ]  # fmt: skip
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    made = built(tmp_path / "out", images=str(tmp_path / "list.txt"), format="images")
+    assert [int(row.image[0, 0, 0]) for row in made.rows] == [0, 10, 20, 30]
+    assert [row.uri.removeprefix(f"{data}/") for row in made.rows] == ["a b#1?ä.png", "50%25.png", "c.png", "d.png"]
+    told = "source: not a URI that can be read: it names another machine, or no whole path: write file:///path"
+    assert made.rejects == {"e.png": told, "file:f.png": told, "none.png": "read: no such file"}
+
+
+def test_a_folder_may_be_called_as_a_list_is(tmp_path: Path) -> None:
+    write_image(tmp_path / "photos.txt/a.png")
+    write_image(tmp_path / "photos.txt/out.txt/b.png")
+    out = tmp_path / "photos.txt/out.txt"
+    assert len(built(out, images=str(tmp_path / "photos.txt"), format="images").rows) == 1
+    with pytest.raises(FileNotFoundError, match=r"photos\.txt is a folder: give a file"):
+        built(tmp_path / "out", images=str(tmp_path), annotations=str(tmp_path / "photos.txt"))
 
 
 def test_a_list_of_uris_from_disk_and_s3(s3: str, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 from sources import Built, built, masks, write_image
 
+from pipelines.build import prepare
+from pipelines.config import BuildConfig
 from pipelines.storage import Store
 from pipelines.storage_errors import FileRefusedError
 
@@ -225,6 +227,50 @@ def test_the_second_json_of_an_image_is_a_reject(tmp_path: Path) -> None:
     made = labelme(tmp_path)
     assert (made.totals.images, made.totals.rows) == (2, 1)
     assert made.rejects == {"a.json": "source: two JSON files for one image: a.JSON is the other"}
+
+
+def test_an_image_path_leads_to_its_image(tmp_path: Path) -> None:
+    """As LabelMe's --output lays them out: the JSON files in a folder of their own."""
+    data = tmp_path / "data"
+    for name in ("images/a.png", "images/b.png", "images/c.png", "d.png"):
+        write_image(data / name)
+    write(data, "labels/a", [shape("dog")], image=None, imagePath="../images/a.png")
+    write(data, "labels/b", [shape("cat")], image=None, imagePath="..\\images\\b.png")
+    write(data, "labels/b2", [shape("cat")], image=None, imagePath="../images/b.png")
+    write(data, "labels/d", [shape("cat")], image=None, imagePath="../../data/d.png")
+    write(data, "labels/e", [shape("cat")], image=None, imagePath=str(data / "images/c.png"))
+    write(data, "labels/f", [shape("cat")], image=None, imagePath="f.json")
+    for classes in ((), ("cat", "dog")):
+        made = built(tmp_path / f"out{len(classes)}", images=str(data), format="labelme", classes=classes)
+        assert made.classes == ["cat", "dog"]
+        assert [row.uri.removeprefix(f"{data}/") for row in made.rows] == ["images/a.png", "images/b.png"]
+        assert [row.instances[0]["label"] for row in made.rows] == [2, 1]
+        assert {name: reason.split(":")[1] for name, reason in made.rejects.items()} == {
+            "c.png": " annotation file, no such file", "d.png": " annotation file, no such file",
+            "b2.json": " no image", "d.json": " no image", "e.json": " no image", "f.json": " no image",
+        }  # fmt: skip
+
+
+def test_the_shards_may_lie_among_the_images(tmp_path: Path) -> None:
+    """What a build itself writes is no source, of the same one either that is run again."""
+    write(tmp_path / "data", "a", [shape()])
+    where = {"images": str(tmp_path / "data"), "format": "labelme", "shorter_side": 24, "longer_side": 32}
+    prepare(BuildConfig(out=str(tmp_path / "data/out"), **where))  # as far as one gets that is killed early
+    assert (tmp_path / "data/out/_progress/build.json").exists()
+    for _ in range(2):
+        made = built(tmp_path / "data/out", **where)
+        assert (len(made.rows), made.rejects) == (1, {})
+    with pytest.raises(ValueError, match=r"--out is .*/data, the folder of the JSON files: give another"):
+        built(tmp_path / "data", images=str(tmp_path / "data"), format="labelme")
+
+
+def test_a_json_too_large_to_be_looked_into_is_a_reject(tmp_path: Path) -> None:
+    for stem in "ab":
+        write(tmp_path / "data", stem, [shape()])
+    os.truncate(tmp_path / "data/b.json", 2**40)
+    (reject,) = labelme(tmp_path).rejects.items()
+    assert reject[0] == "b.png"
+    assert reject[1].startswith("read: annotation file, file too large: 1099511627776 bytes, the bound is ")
 
 
 def test_images_and_files_that_do_not_fit(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,19 @@ def test_backslashes_are_slashes_where_no_file_has_them(tmp_path: Path) -> None:
         "C:\\b.png": "read: no such file",
         "\\d.png": "read: no such file",
     }
+
+
+def test_accents_are_apart_or_not(tmp_path: Path) -> None:
+    """Of names as a Mac has them and as all others have them, both mean either's file, unless both are there."""
+    apart, together = (unicodedata.normalize(form, "Müller é.png") for form in ("NFD", "NFC"))
+    for folder, name in (("mac", apart), ("other", together), ("both", apart), ("both", together)):
+        write_image(tmp_path / "images" / folder / name)
+    names = [f"{folder}/{name}" for folder in ("mac", "other", "both") for name in (apart, together)]
+    (tmp_path / "coco.json").write_text(json.dumps(coco_of([*names, "mac\\" + together])))
+    made = built(tmp_path / "out", images=str(tmp_path / "images"), annotations=str(tmp_path / "coco.json"))
+    found = [f"mac/{apart}"] * 2 + [f"other/{together}"] * 2 + [f"both/{apart}", f"both/{together}", f"mac/{apart}"]
+    assert [row.uri.removeprefix(f"{tmp_path}/images/") for row in made.rows] == found
+    assert not made.rejects
 
 
 def test_odd_names_are_read_from_s3(s3: str, tmp_path: Path) -> None:

@@ -65,6 +65,14 @@ def test_polygons_without_area(polygon: list[float]) -> None:
     assert to_instance(annotation(segmentation=[polygon, square]), SIZE)["segmentation"]["polygons"][0] == polygon
 
 
+@pytest.mark.parametrize("counts", [[200], [200, 0], [100, 0, 100], "X6", [0, 0, 200]])
+def test_run_lengths_without_a_pixel(counts: Any) -> None:
+    with pytest.raises(AnnotationError, match="mask is empty"):
+        to_instance(annotation(segmentation={"size": [10, 20], "counts": counts}), SIZE)
+    full = {"size": [10, 20], "counts": [0, 200]}
+    assert to_instance(annotation(segmentation=full), SIZE)["segmentation"]["rle"]
+
+
 def test_parts_of_a_mask_that_enclose_nothing_are_left_out() -> None:
     """Not the object, whose other parts do; a part that is no list of points is a fault of it all."""
     square = [2, 1, 6, 1, 6, 4, 2, 4]
