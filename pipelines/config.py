@@ -21,7 +21,8 @@ class BuildConfig:
     out: str
     """Folder for the shards. What is finished there stays: give another one for images or annotations that changed."""
     format: Format = "coco"
-    """coco: one JSON; cityscapes, voc: their folders; labelme: a JSON beside each image; images: no annotations."""
+    """coco: one JSON; cityscapes, voc: their folders; labelme: a JSON for each image, beside it
+    or with its path; images: no annotations."""
     annotations: str | None = None
     """coco: the instances, person_keypoints or image_info JSON."""
     split: str | None = None
