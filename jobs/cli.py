@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import partial, wraps
 from inspect import signature
 from typing import Annotated, Any
@@ -272,8 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # in a pipe, too, progress is seen as it is made
     try:
-        _refuse_wrong_words(words)
-        return parse(words)() or 0
+        return _parse_in_public(words)() or 0
     except (ValueError, FileNotFoundError, PermissionError) as error:
         return _fail(error, code=2)
     except (OSError, RuntimeError) as error:
@@ -288,14 +287,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _refuse_wrong_words(words: Sequence[str]) -> None:
-    """Have what is wrong with a command line told without the secrets in it: tyro shows it as it is."""
-    from pipelines.storage_errors import public_uris
+def _parse_in_public(words: Sequence[str]) -> partial[Any]:
+    """`parse`, but what is wrong is told without the secrets in the words, which tyro shows, in lines of its width."""
+    from pipelines.storage_errors import public_uris, without_secrets
 
-    public = [public_uris(word) for word in words]
-    if public != [*words]:
-        with suppress(ValueError, OSError, RuntimeError):  # a configuration that is read may need them
+    public = [without_secrets(public_uris(word)) for word in words]
+    if public == [*words]:
+        return parse(words)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return parse(words)
+    except SystemExit:
+        with suppress(ValueError, OSError, RuntimeError):  # a configuration cannot be read without its secrets
             parse(public)
+        print("mrcnn: error: the words are wrong, and not shown, for there are secrets in them", file=sys.stderr)
+        raise
 
 
 def _fail(error: Exception, *, code: int) -> int:

@@ -153,7 +153,7 @@ class TrainConfig:
     """Do not mix landscape and portrait images in a step, but for at most two steps of an epoch: less padding."""
     max_objects: int = 256
     """An image with more objects trains on as many, drawn anew in each epoch, so that a crowd fits into memory; the
-    others are background in that epoch. 0: no bound."""
+    others are background in that epoch. Of crowd regions it keeps as many again. 0: no bound."""
     images_at_once: int = 0
     """Most images that a worker takes through the network at a time; gradients of its share of the global batch add up
     over so many passes. 0: the whole share. Losses are divided by the samples of each pass, batch norm sees one."""

@@ -52,6 +52,7 @@ from pipelines.predict_folder import (
 from pipelines.predict_options import PredictOptions, PredictRun
 from pipelines.predictor import load_predictor
 from pipelines.report import write_report
+from pipelines.sources.image_files import is_list
 from pipelines.stages import Stopwatch, describe
 from pipelines.storage import Store, open_store
 
@@ -186,7 +187,7 @@ def prepare(
     """
     options, run, started = options or PredictOptions(), run or PredictRun(), time.monotonic()
     store = open_store(out).check_answers()
-    if not images.endswith(".txt") and f"{store.uri}/".startswith(f"{open_store(images).uri}/"):
+    if not is_list(images) and f"{store.uri}/".startswith(f"{open_store(images).uri}/"):
         raise ValueError(f"--out {store.uri} lies in --images: its pictures would be taken for images")
     resolved = resolve_model(model)
     predictor = load_predictor(resolved.files, model, options)

@@ -40,11 +40,11 @@ from pipelines.build_folder import (
     tidy,
 )
 from pipelines.config import BuildConfig
-from pipelines.manifest import LostError, Manifest, Totals
+from pipelines.manifest import PROGRESS, LostError, Manifest, Totals
 from pipelines.records import ImageRecord, SourceData
 from pipelines.rows import Scale
 from pipelines.schema import SCHEMA_VERSION
-from pipelines.shard_task import PROGRESS, Receipt, ShardSettings, make_shard
+from pipelines.shard_task import Receipt, ShardSettings, make_shard
 from pipelines.sources import SOURCES
 from pipelines.sources.names import names_sha256, versions_sha256
 from pipelines.storage import Store, open_store

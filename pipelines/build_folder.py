@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pipelines.manifest import FILE_NAME, Manifest, RejectList, ShardInfo
+from pipelines.manifest import FILE_NAME, PROGRESS, Manifest, RejectList, ShardInfo
 from pipelines.prefetch import prefetched
-from pipelines.shard_task import PROGRESS, Receipt, receipt_name, unsealed
+from pipelines.shard_task import Receipt, receipt_name, unsealed
 from pipelines.storage import Store
 
 PLAN = f"{PROGRESS}/build.json"

@@ -24,6 +24,10 @@ for _name in ("botocore", "aiobotocore"):
 WEB = ("http", "https")
 ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 CA_BUNDLE = "AWS_CA_BUNDLE"
+IN_REQUESTS = (
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_REGION",
+    "AWS_DEFAULT_REGION", CA_BUNDLE,
+)  # fmt: skip
 ENDPOINT = re.compile(r"https?://([\w.-]+|\[[0-9A-Fa-f:.]+\])(:\d+)?(/[^\s?#@]*)?")
 CONNECT_SECONDS = 3
 HURRIED_SECONDS = 4.0
@@ -57,7 +61,8 @@ def _filesystem_for(scheme: str, settings: tuple[tuple[str, str], ...], process:
         except (TypeError, AttributeError):  # it lacks an argument after all
             raise UnfitFileError(f"{scheme}://...", "such a file system needs more than a URI") from None
     for name, value in settings:
-        _check_setting(name, value)
+        if name in IN_REQUESTS:
+            _check_setting(name, value)
     endpoints = [(name, value) for name, value in settings if name in ENDPOINTS and value]
     for name, value in endpoints:
         _check_endpoint(name, value)

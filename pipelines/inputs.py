@@ -24,7 +24,7 @@ from pipelines.dataset import ShardDataset
 from pipelines.manifest import FILE_NAME
 from pipelines.pixels import DecodeError
 from pipelines.records import Images, Reject, printable
-from pipelines.sources.image_files import LISTED_TWICE, ListedImages, listed_files
+from pipelines.sources.image_files import LISTED_TWICE, ListedImages, is_list, listed_files
 from pipelines.sources.names import LINK_OUTSIDE, SUFFIXES, ImageIds, name_fault, names_sha256, shown_uri
 from pipelines.sources.reading import read_file
 from pipelines.stages import Stopwatch
@@ -110,7 +110,7 @@ def open_inputs(uri: str, *, max_pixels: int) -> Inputs:
 
     Raises FileNotFoundError where there are none, PermissionError or ValueError where they cannot be listed.
     """
-    if uri.endswith(".txt"):
+    if is_list(uri):
         store, name = split_uri(uri)
         listed = ListedImages(f"{store.uri}/{name}")
         inputs = NamedInputs(FileReader(listed, max_pixels))

@@ -14,6 +14,7 @@ from mrcnn.structures import Category
 from pipelines.schema import SCHEMA_VERSION
 from pipelines.storage import Store
 
+PROGRESS = "_progress"  # a folder beside it until all is done
 FILE_NAME = "manifest.json"
 
 

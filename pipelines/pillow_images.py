@@ -39,8 +39,6 @@ MOTOROLA = b"MM"  # how a TIFF of big-endian numbers begins
 TGA_BITS_AND_DESCRIPTION = 16, 17  # bytes: how many a pixel has, how many of these are alpha
 TIFF, BIG_TIFF = (b"II*\0", b"MM\0*", b"II+\0"), b"MM\0+"  # how they begin
 PNG, BOX = b"\x89PNG\r\n\x1a\n", b"ftyp"
-HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-PNG, BOX = b"\x89PNG\r\n\x1a\n", b"ftyp"
 HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # kinds of what is in such a box
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # one text or profile as all of them: 64 MB, not 1
 
@@ -92,7 +90,7 @@ def _unidentified(data: bytes) -> str:
     if data.startswith(PNG):
         return "damaged image: a PNG whose header or checksums are wrong"
     if data.startswith(BEGINNING):
-        return "not a JPEG that is known: it may have 12 bits, or be lossless; save it with 8 bits"
+        return "not a JPEG that is known: its header is cut off, or it has 12 bits, or is lossless: save it with 8 bits"
     if data[4:8] == BOX and data[8:12] in HEIF:
         return "HEIC is not known: save it as JPEG"
     return "not an image of a known format"
@@ -103,7 +101,8 @@ def _is_mistaken(image: TiffImageFile) -> bool:
     are not compressed, it takes each byte for a number. Raises DecodeError where there is none who does better."""
     tags = image.tag_v2
     if image.tile[0].codec_name != "raw":
-        if tags.prefix == MOTOROLA and SIGNED in tags.get(SAMPLE_FORMAT, ()):  # Pillow turns them round once too often
+        is_deep = max(tags.get(BITS, (1,))) > 8
+        if is_deep and tags.prefix == MOTOROLA and SIGNED in tags.get(SAMPLE_FORMAT, ()):  # turned round once too often
             raise DecodeError("a TIFF of signed big-endian numbers, compressed, is not known: save it with 8 bits")
         return False
     if tags.get(PHOTOMETRIC) == YCBCR and tags.get(YCBCRSUBSAMPLING, (2, 2)) != (1, 1):

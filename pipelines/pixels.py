@@ -11,6 +11,7 @@ from PIL import Image
 Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs
+BYTES_OF_PIXEL = 16  # at most, in a file: four numbers of 32 bits
 LONGEST_SIDE = 1_000_000  # pixels, as libpng has it: of a row that is far longer Pillow says that memory is short
 GRAY_TOGETHER = 2**20  # pixels whose numbers are rounded at once: they take eight times as much memory meanwhile
 ORIENTATION = 0x0112  # tag of EXIF and TIFF

@@ -37,8 +37,8 @@ def printable(text: str) -> str:
 def _stored(reason: str) -> str:
     """A reason as it can be stored: it may quote what is no Unicode, what is of any size, and addresses that are
     signed."""
-    text = printable(reason)
-    return public_uris(text if len(text) <= LONGEST else f"{text[:LONGEST]}...")
+    text = public_uris(printable(reason[: 10 * LONGEST]))  # which would not know half an address
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pipelines.inputs import Inputs, ShardInputs
 from pipelines.overlays import DrawSettings, overlays_there
 from pipelines.predict_folder import MANIFEST, OVERLAYS, PARTS, REJECTS_FILE, REPORT
 from pipelines.records import printable
+from pipelines.sources.image_files import is_list
 from pipelines.tally import SCORE_BINS
 from pipelines.thumbnails import images_to_show, make_thumbnails
 
@@ -137,7 +138,7 @@ def _where(inputs: Inputs) -> str:
     """What the images are of, in words before the URI."""
     if isinstance(inputs, ShardInputs):
         return "of the shards in"
-    return "of the list" if inputs.uri.endswith(".txt") else "in the folder"
+    return "of the list" if is_list(inputs.uri) else "in the folder"
 
 
 def _color(label: int) -> str:

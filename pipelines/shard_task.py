@@ -22,7 +22,7 @@ import xxhash
 
 from mrcnn.structures import Category
 from pipelines.config import Encoding, Format
-from pipelines.manifest import ShardInfo, check_sum
+from pipelines.manifest import PROGRESS, ShardInfo, check_sum
 from pipelines.pixels import allow_pixels
 from pipelines.prefetch import batched, prefetched
 from pipelines.records import ImageRecord, Images, Objects, Reject, RejectedAnnotation, Stage
@@ -35,7 +35,6 @@ from pipelines.tiling import Tiling, parts
 from pipelines.transforms import use_one_thread
 from pipelines.validate import AnnotationError, to_instance
 
-PROGRESS = "_progress"
 READ_THREADS = 4  # hide the latency of S3, or of a mounted one
 READ_AHEAD = 8  # compressed images in memory
 LOCAL_READ_THREADS = 2

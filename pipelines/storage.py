@@ -28,6 +28,8 @@ from pipelines.storage_errors import (
     LOGIN,
     CredentialsError,
     FileRefusedError,
+    OddAnswerError,
+    UnfitFileError,
     UnreachableError,
     endpoint_hint,
     full_disk_told,
@@ -318,8 +320,11 @@ class Store:
             with suppress(UnreachableError), plain_errors(f"{self.uri}/{name}"):
                 return getattr(self._fs, method)(path, *args, **kwargs)
             time.sleep(0.1 * 2**attempt)
-        with plain_errors(f"{self.uri}/{name}"):
-            return getattr(self._fs, method)(path, *args, **kwargs)
+        try:
+            with plain_errors(f"{self.uri}/{name}"):
+                return getattr(self._fs, method)(path, *args, **kwargs)
+        except OddAnswerError as error:
+            raise UnfitFileError(without_secrets(f"{self.uri}/{name}"), error.reason) from None
 
 
 def open_store(uri: str) -> Store:

@@ -13,7 +13,6 @@ from pathlib import Path
 from aiohttp import (
     ClientConnectorCertificateError,
     ClientConnectorDNSError,
-    ClientConnectorSSLError,
     ClientResponseError,
     InvalidURL,
     NonHttpUrlClientError,
@@ -40,13 +39,12 @@ ASK_AGAIN = {408, 425, 429}  # a web server's words for "later"
 GONE = {404, 410}
 NO_HOST = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}  # not EAI_AGAIN: nobody knows now
 NO_ADDRESS = (InvalidURL, NonHttpUrlClientError)  # of a redirection, too
-UNSAFE = (ClientConnectorCertificateError, ClientConnectorSSLError)
 WEB_ERRORS = (BodyError, TimeoutError)  # of aiohttp, a server that cannot be reached among them
 # What stands before an @ where the host should be; a colon that no port follows: a secret key may hold slashes.
 LOGIN = re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
 HALF_LOGIN = re.compile(r"(://[^/:@\[]*):(?!\d+(?:/|$))[^/@]*|(?<=http)(s?:/+|s?//+)[^/@]*@", re.IGNORECASE)  # mistyped
 USERINFO = re.compile(r"""://(?:[^\s/@:"']+:[^\s@"']+|[^\s/@"']+)@""")  # in a text
-QUERY = re.compile(r"(https?://[^?\s'\"]*)\?[^\s'\"]*", re.IGNORECASE)
+QUERY = re.compile(r"((?:https?|abfss?|adl|az|gs|wasbs?)://[^?\s'\"]*)\?[^\s'\"]*", re.IGNORECASE)
 # Of addresses that a query may sign, in a line of a list also behind a quote or another column; and by what it says
 SIGNED = re.compile(
     r"(?:https?|abfss?|adl|az|wasbs?)://[^?]*\?|\?[^?]*(?:sig|signature|token|credential|password|secret)=",
@@ -77,6 +75,14 @@ class ChangedFileError(ValueError):
 
 class UnreachableError(ValueError):
     """The storage does not answer now, and may later: an endpoint that is down, busy or wrong."""
+
+
+class OddAnswerError(UnreachableError):
+    """A web server answers what it should not: it may do better the next time. If not, the file is unfit."""
+
+    def __init__(self, uri: str, reason: str) -> None:
+        super().__init__(f"{uri} cannot be read: {reason}")
+        self.reason = reason
 
 
 def without_secrets(uri: str) -> str:
@@ -181,7 +187,7 @@ def _web_error(uri: str, error: Exception) -> Exception:
     if not isinstance(error, ClientResponseError):
         return _other_error(uri, error)
     if isinstance(error.__cause__, HttpProcessingError):
-        return UnfitFileError(uri, "the server's answer is not HTTP")
+        return OddAnswerError(uri, "the server's answer is not HTTP")
     if error.status >= 500 or error.status in ASK_AGAIN:
         return UnreachableError(f"{uri} cannot be read: the server answers {error.status}")
     return PermissionError(f"{uri} was refused: the server answers {error.status}")
@@ -198,8 +204,8 @@ def _other_error(uri: str, error: Exception) -> Exception:
         return FileNotFoundError(f"there is no file {uri}: the name is too long")
     if isinstance(error, ClientConnectorDNSError) and error.os_error.errno in NO_HOST:
         return UnfitFileError(uri, "there is no such host")
-    if isinstance(error, UNSAFE):
-        return UnfitFileError(uri, f"the server cannot be trusted: {type(error).__name__}")
+    if isinstance(error, ClientConnectorCertificateError):
+        return UnfitFileError(uri, "the server's certificate is none that is trusted")
     if isinstance(error, NO_ADDRESS):
         return UnfitFileError(uri, "the server sends to what is no web address")
     if isinstance(error, ParamValidationError):

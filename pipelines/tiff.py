@@ -62,8 +62,8 @@ def _name(value: Any) -> str:
 
 
 def _check_whole(page: TiffPage, size: int) -> None:
-    """Raise DecodeError unless all strips or tiles are in the file, each with bytes of its own: of what is not there
-    tifffile makes zeros, and of what is there several times a file of any size, however many are stated."""
+    """Raise DecodeError unless all strips or tiles are in the file, which is no smaller than its pixels: of what is not
+    there tifffile makes zeros, and strips at one place could come to any size, however many are stated."""
     assert page.dtype is not None
     ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False)]
     there = sum(page.databytecounts)

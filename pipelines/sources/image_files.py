@@ -24,7 +24,6 @@ from pipelines.sources.names import (
     shown_uri,
     text_fault,
     unfollowed_folders,
-    versions_below,
 )
 from pipelines.storage import Store, open_store, read_uri, split_uri
 from pipelines.storage_errors import plain_errors, without_secrets
@@ -62,16 +61,21 @@ def read_image_files(config: BuildConfig) -> SourceData:
     comes twice, or cannot be a file, is a reject. The files of a list are taken as unchanging. Raises FileNotFoundError
     where there are no images.
     """
-    if config.images.endswith(".txt") and not os.path.isdir(config.images):
+    if is_list(config.images):
         return _read_list(config.images)
     images = open_store(config.images).check_folder()
-    listed = versions_below(images, config)
+    listed = dict(sorted(images.versions(follow_links=config.follow_links)))
     versions = {name: version for name, version in listed.items() if name.lower().endswith(SUFFIXES)}
     if not versions:
         raise FileNotFoundError(f"{images.uri} holds no images ({', '.join(SUFFIXES)}): give the folder that does")
     rejects = unfollowed_folders(images, follow_links=config.follow_links)
     source = named_images(images, list(versions), versions=versions, rejects=rejects)
     return replace(source, passed_over=tuple(name for name in listed if name not in versions))
+
+
+def is_list(uri: str) -> bool:
+    """Whether images are said to be those of a list: a file, where it is a local one, for a folder may be called so."""
+    return uri.endswith(".txt") and not (open_store(uri).is_local and os.path.isdir(open_store(uri).uri))
 
 
 def named_images(

@@ -6,7 +6,7 @@ import base64
 import binascii
 import math
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw
 
 from mrcnn.structures import Category
 from pipelines.config import BuildConfig
+from pipelines.manifest import FILE_NAME, PROGRESS
+from pipelines.pixels import BYTES_OF_PIXEL
 from pipelines.prefetch import prefetched
 from pipelines.records import ImageRecord, Objects, Reject, SourceData, SourceError, printable
 from pipelines.sources.annotation_files import (
@@ -28,14 +30,13 @@ from pipelines.sources.annotation_files import (
     points_of,
 )
 from pipelines.sources.image_files import named_images
-from pipelines.sources.names import SUFFIXES, links_outside, shown_uri, unfollowed_folders, versions_below
+from pipelines.sources.names import SUFFIXES, links_outside, shown_uri, unfollowed_folders
 from pipelines.storage import Store, open_store
 from pipelines.storage_errors import FileRefusedError, UnfitFileError
 
-JSON = ".json"
+JSON, SHARD = ".json", ".arrow"
 CIRCLE_ERROR = 0.1  # pixels by which a circle's polygon may be inside of it
-READ_THREADS, READ_AHEAD = 8, 32
-LARGEST_JSON = 2**27  # bytes of one that is read before its image's turn: many are in memory
+READ_THREADS, READ_AHEAD = 8, 16
 NEEDED = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}  # points of shapes that have an inside
 
 
@@ -54,14 +55,11 @@ def read_labelme(config: BuildConfig) -> SourceData:
     image for a JSON, or the second JSON for an image. A JSON without image stands for the image in its imageData.
 
     Category ids are the labels, 1..K, in the order of `config.classes` or else of the sorted names that occur. Raises
-    FileNotFoundError where there are no JSON files, ValueError where they name no class, or `config.out` is their
-    folder.
+    FileNotFoundError where there are no JSON files, ValueError where they name no class.
     """
     images = open_store(config.images).check_folder()
-    if open_store(config.out).uri == images.uri:
-        raise ValueError(f"--out is {images.uri}, the folder of the JSON files: give another, such as one in it")
-    listed = versions_below(images, config, (*SUFFIXES, JSON))
-    photos = [name for name in listed if not name.lower().endswith(JSON)]
+    listed = _without_builds(images.versions((*SUFFIXES, JSON, SHARD), follow_links=config.follow_links))
+    photos = dict.fromkeys(name for name in listed if not name.lower().endswith(JSON))
     notes = [name for name in listed if name.lower().endswith(JSON)]
     by_stem = {_stem(name): name for name in reversed(notes)}
     if not notes:
@@ -70,31 +68,40 @@ def read_labelme(config: BuildConfig) -> SourceData:
     twins = _twins([*jsons])
     alone = sorted({*by_stem.values()} - {*jsons.values()})
     looked_into = alone if config.classes else sorted(by_stem.values())
-    labels, paths = _labels_and_paths(images, looked_into, config.follow_links)
-    without = {*photos} - jsons.keys()
-    for note in alone:
-        if (photo := _photo_of(note, paths[note])) in without:
-            jsons.setdefault(photo, note)
+    labels, paths = _labels_and_paths(images, looked_into, config)
     classes = config.classes or tuple(sorted(labels))
     if not classes:
         raise ValueError(f"{images.uri}: no shape of its JSON files has a label: is it LabelMe?")
+    seconds = {name: by_stem[_stem(name)] for name in notes}  # such as a.json beside a.JSON
+    for note in alone:
+        if (photo := _photo_of(note, paths[note])) in photos:
+            seconds[note] = jsons.setdefault(photo, note)
+    seconds = {note: first for note, first in seconds.items() if note != first}
     rejects = [
         Reject(shown_uri(images, name), None, "source", f"two images for one JSON: {first} is the other")
         for name, first in twins.items()
     ]
-    rejects += [  # such as a.json beside a.JSON
-        Reject(shown_uri(images, name), None, "source", f"two JSON files for one image: {other} is the other")
-        for name in notes
-        if (other := by_stem[_stem(name)]) != name
+    rejects += [
+        Reject(shown_uri(images, name), None, "source", f"two JSON files for one image: {first} is the other")
+        for name, first in seconds.items()
     ]
     return named_images(
         images,
-        sorted({*photos, *by_stem.values()} - {*jsons.values()} - twins.keys()),
+        sorted({*photos, *by_stem.values()} - {*jsons.values()} - twins.keys() - seconds.keys()),
         rejects=[*rejects, *unfollowed_folders(images, follow_links=config.follow_links)],
         categories=tuple(Category(id=id_, name=name) for id_, name in enumerate(classes, start=1)),
         versions=listed,
         annotation_files=lambda name: (jsons.get(name) or by_stem.get(_stem(name), f"{_stem(name)}{JSON}"),),
     )
+
+
+def _without_builds(found: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Names with their versions, sorted, without the JSON files that builds write among them."""
+    listed = dict(sorted(found))
+    folders = {posixpath.dirname(name) for name in listed if name.endswith(SHARD)}
+    own = {posixpath.join(folder, FILE_NAME) for folder in folders}
+    names = [name for name in listed if not (name.endswith(SHARD) or name in own or PROGRESS in name.split("/"))]
+    return {name: listed[name] for name in names}
 
 
 def labelme_objects(record: ImageRecord, files: Sequence[bytes], categories: Sequence[Category]) -> Objects:
@@ -239,15 +246,15 @@ def _circle(centre: tuple[float, float], radius: float) -> Points:
     return [(centre[0] + radius * math.cos(each), centre[1] + radius * math.sin(each)) for each in angles]
 
 
-def _labels_and_paths(images: Store, names: Sequence[str], follow_links: bool) -> tuple[set[str], dict[str, Any]]:
+def _labels_and_paths(images: Store, names: Sequence[str], config: BuildConfig) -> tuple[set[str], dict[str, Any]]:
     """Labels of all shapes of some JSON files, and what each of these calls its image; a file that cannot be used is
     told when its image's turn comes."""
 
     def read(name: str) -> dict[str, Any]:
-        if not follow_links and links_outside(images, name):
+        if not config.follow_links and links_outside(images, name):
             return {}
         try:
-            return parse_object(images.read_bytes(name, LARGEST_JSON))
+            return parse_object(images.read_bytes(name, config.max_pixels * BYTES_OF_PIXEL))
         except (FileNotFoundError, FileRefusedError, UnfitFileError, SourceError):
             return {}
 

@@ -15,9 +15,8 @@ from pathlib import PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.config import BuildConfig
 from pipelines.records import ImageRecord, Images, Reject, printable
-from pipelines.storage import Store, check_name, open_store
+from pipelines.storage import Store, check_name
 from pipelines.storage_errors import without_secrets
 
 # What is called otherwise is no image to any source, neither a row nor a reject: a bare folder's files are told of.
@@ -79,13 +78,6 @@ def unfollowed_folders(images: Store, *, follow_links: bool) -> list[Reject]:
     """A reject for each link to a folder elsewhere, unless these are followed: what is in it is not looked at."""
     links = () if follow_links else images.linked_folders()
     return [Reject(shown_uri(images, name), None, "source", LINK_OUTSIDE) for name in links]
-
-
-def versions_below(images: Store, config: BuildConfig, suffixes: tuple[str, ...] = ()) -> dict[str, str]:
-    """`Store.versions`, sorted, without what lies in the folder of the build itself: its own files are no source."""
-    out = open_store(config.out).uri.removeprefix(f"{images.uri.rstrip('/')}/")
-    found = images.versions(suffixes, follow_links=config.follow_links)
-    return dict(sorted((name, version) for name, version in found if not name.startswith(f"{out}/")))
 
 
 def image_ids(names: Sequence[str]) -> list[int]:

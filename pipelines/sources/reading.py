@@ -9,7 +9,7 @@ from functools import partial
 
 from mrcnn.structures import Category
 from pipelines.config import Format
-from pipelines.pixels import MAX_PIXELS, DecodeError, Pixels
+from pipelines.pixels import BYTES_OF_PIXEL, MAX_PIXELS, DecodeError, Pixels
 from pipelines.records import ImageRecord, Images, Objects, SourceError, Stage
 from pipelines.sources import SOURCES
 from pipelines.sources.names import LINK_OUTSIDE, links_outside, name_fault, plain_name
@@ -17,7 +17,6 @@ from pipelines.storage import Store
 from pipelines.storage_errors import FileRefusedError, UnfitFileError
 from pipelines.transforms import decode
 
-BYTES_OF_PIXEL = 16  # at most, in a file: four numbers of 32 bits
 MISSING = "no such file"
 
 Fault = tuple[Stage, str]

@@ -109,12 +109,13 @@ def test_a_folder_without_shards_is_told_before_ray_starts(
     assert str(tmp_path) in err
 
 
-def test_secrets_in_words_that_are_wrong_are_not_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_secrets_in_words_that_are_wrong_are_not_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A parser of command lines shows them as they are."""
     login, signed = "s3://KEY:SECRET@bucket/x", "https://host.example/a?sig=SECRET"
     for words in (
         ["--imags", login, "--out", "o"], ["--images", "a", "--out", "o", "--max-reject-share", login],
         ["--images", "a", "--out", "o", "--format", signed],
+        ["--imags", "az://host.example/x?sig=SECRET", "--out", "o"],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as raised:
             main(["build-data", *words])
@@ -122,6 +123,13 @@ def test_secrets_in_words_that_are_wrong_are_not_told(capsys: pytest.CaptureFixt
         told = capsys.readouterr()
         assert "SECRET" not in told.err + told.out
         assert "bucket/x" in told.err or "host.example" in told.err
+    shared = tmp_path / "shared.json?sig=SECRET"  # read as a file; without what signs an address it is none
+    shared.write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(shared), "--trian-data", login])
+    told = capsys.readouterr()
+    assert "SECRET" not in told.err + told.out
+    assert told.err == "mrcnn: error: the words are wrong, and not shown, for there are secrets in them\n"
 
 
 def test_what_signs_a_web_address_is_not_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -22,9 +22,8 @@ import ray.data
 from pipelines import build as build_module
 from pipelines.build import BuildConfig, build
 from pipelines.dataset import ShardDataset
-from pipelines.manifest import Manifest
+from pipelines.manifest import PROGRESS, Manifest
 from pipelines.schema import SCHEMA_VERSION, SHARD
-from pipelines.shard_task import PROGRESS
 from pipelines.storage import open_store
 from pipelines.toy import ToySummary
 

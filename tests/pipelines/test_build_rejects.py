@@ -17,6 +17,7 @@ from inline import run_inline
 
 from pipelines import build as build_module
 from pipelines.build import BuildConfig, build, prepare
+from pipelines.records import Reject
 from pipelines.toy import ToySummary
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -203,6 +204,15 @@ def test_what_signs_an_address_is_in_no_list_of_rejects(config: BuildConfig, mon
         "https://bucket.example/a/b.jpg", "s3://bucket/a.jpg", "a/b.jpg",
     ]  # fmt: skip
     assert [each["reason"] for each in lists[1]] == ["unknown category: 'https://bucket.example/a/b.jpg'"]
+
+
+@pytest.mark.parametrize("before", range(960, 1010, 3))
+def test_half_an_address_is_no_way_round(before: int) -> None:
+    for address in ("s3://KEYNAME:SECRET@b/x", "az://box/x?sig=SECRET", "https://host.example/x?sig=SECRET"):
+        reason = Reject("a", 1, "source", f"{'x' * before} {address} {'y' * 100}").reason
+        assert "KEY" not in reason
+        assert "SEC" not in reason
+        assert len(reason) <= 1003
 
 
 def test_many_rejects_end_a_large_build_early(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:

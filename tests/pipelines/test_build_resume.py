@@ -24,8 +24,7 @@ from pipelines import build as build_module
 from pipelines import build_folder
 from pipelines.attempts import Task
 from pipelines.build import BuildConfig, build, prepare, run_build
-from pipelines.manifest import LostError
-from pipelines.shard_task import PROGRESS
+from pipelines.manifest import PROGRESS, LostError
 from pipelines.storage import Store, open_store
 from pipelines.tasks import run_tasks
 

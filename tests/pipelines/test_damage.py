@@ -21,9 +21,8 @@ from pipelines import verify as verify_module
 from pipelines.build import prepare
 from pipelines.config import BuildConfig
 from pipelines.inspect import summarize
-from pipelines.manifest import Manifest
+from pipelines.manifest import PROGRESS, Manifest
 from pipelines.records import REJECTS
-from pipelines.shard_task import PROGRESS
 from pipelines.storage import Store
 from pipelines.toy import make_toy_data
 from pipelines.verify import verify

@@ -14,7 +14,7 @@ import pytest
 from killing import checksums, kill_all, stamps
 
 from pipelines.build import BuildConfig, build
-from pipelines.shard_task import PROGRESS
+from pipelines.manifest import PROGRESS
 from pipelines.storage import open_store
 from pipelines.toy import make_toy_data
 

@@ -135,6 +135,7 @@ def test_a_bucket_that_is_not_there_is_called_so(answering: Any) -> None:
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"])
 def test_a_line_break_in_a_credential_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a file that was mounted has one at its end."""
+    monkeypatch.setenv("AWS_KEY_OF_OTHERS", "-----BEGIN\n")
     monkeypatch.setenv(name, "SECRET\n")
     with pytest.raises(ValueError, match=rf"^{name} holds a line break, or other control characters") as told:
         open_store("s3://bucket/folder").check_answers()

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,8 @@ def test_an_image_path_leads_to_its_image(tmp_path: Path) -> None:
         write_image(data / name)
     write(data, "labels/a", [shape("dog")], image=None, imagePath="../images/a.png")
     write(data, "labels/b", [shape("cat")], image=None, imagePath="..\\images\\b.png")
-    write(data, "labels/b2", [shape("cat")], image=None, imagePath="../images/b.png")
+    picture = base64.b64encode((data / "images/b.png").read_bytes()).decode()
+    write(data, "labels/b2", [shape("cat")], image=None, imagePath="../images/b.png", imageData=picture)
     write(data, "labels/d", [shape("cat")], image=None, imagePath="../../data/d.png")
     write(data, "labels/e", [shape("cat")], image=None, imagePath=str(data / "images/c.png"))
     write(data, "labels/f", [shape("cat")], image=None, imagePath="f.json")
@@ -247,7 +249,8 @@ def test_an_image_path_leads_to_its_image(tmp_path: Path) -> None:
         assert [row.instances[0]["label"] for row in made.rows] == [2, 1]
         assert {name: reason.split(":")[1] for name, reason in made.rejects.items()} == {
             "c.png": " annotation file, no such file", "d.png": " annotation file, no such file",
-            "b2.json": " no image", "d.json": " no image", "e.json": " no image", "f.json": " no image",
+            "d.json": " no image", "e.json": " no image", "f.json": " no image",
+            "b2.json": " two JSON files for one image",
         }  # fmt: skip
 
 
@@ -255,13 +258,24 @@ def test_the_shards_may_lie_among_the_images(tmp_path: Path) -> None:
     """What a build itself writes is no source, of the same one either that is run again."""
     write(tmp_path / "data", "a", [shape()])
     where = {"images": str(tmp_path / "data"), "format": "labelme", "shorter_side": 24, "longer_side": 32}
+    write(tmp_path / "data/later", "manifest", [shape()])  # a name as any other where there are no shards
     prepare(BuildConfig(out=str(tmp_path / "data/out"), **where))  # as far as one gets that is killed early
     assert (tmp_path / "data/out/_progress/build.json").exists()
-    for _ in range(2):
-        made = built(tmp_path / "data/out", **where)
-        assert (len(made.rows), made.rejects) == (1, {})
-    with pytest.raises(ValueError, match=r"--out is .*/data, the folder of the JSON files: give another"):
-        built(tmp_path / "data", images=str(tmp_path / "data"), format="labelme")
+    os.symlink(tmp_path / "data", tmp_path / "other name")
+    for out in ("data/out", "data/out", "other name/out", "data/second", "data", "data", "data/out"):
+        made = built(tmp_path / out, **where)
+        assert (len(made.rows), made.rejects) == (2, {})
+
+
+def test_images_among_the_shards_are_images(tmp_path: Path) -> None:
+    write_image(tmp_path / "data/a.png")
+    write(tmp_path / "data/train", "b", [shape()])
+    for format_ in ("images", "labelme"):
+        made = built(tmp_path / "data/train", images=str(tmp_path / "data"), format=format_)
+        assert made.totals.images == 2
+        shutil.rmtree(tmp_path / "data/train/_progress", ignore_errors=True)
+        for name in ("manifest.json", "shard-00000.arrow", "rejects.parquet", "rejected_annotations.parquet"):
+            (tmp_path / "data/train" / name).unlink()
 
 
 def test_a_json_too_large_to_be_looked_into_is_a_reject(tmp_path: Path) -> None:

@@ -149,6 +149,13 @@ def test_bytes_that_are_used_again_are_bounded_by_the_file(eight: NDArray[np.uin
         decode(data[: first + 2 * 21 * 30])
 
 
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_signed_bytes_have_no_order(compression: str | None) -> None:
+    gray = np.arange(100, dtype=np.int8).reshape(10, 10)
+    one, other = (written(gray, photometric="minisblack", byteorder=order, compression=compression) for order in ORDERS)
+    np.testing.assert_array_equal(decode(one), decode(other))
+
+
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("compression", [None, "zlib"])

@@ -177,12 +177,32 @@ def test_deep_colours_of_a_jpeg_2000(channels: int) -> None:
     assert channels == 3 or decode(data.tobytes()).min() == 255
 
 
-def test_deep_gray_with_alpha_of_a_jpeg_2000_is_a_reject() -> None:
-    """Pillow makes nothing of its alpha, and OpenCV does not know it."""
-    head = saved(Image.new("LA", (8, 8)), "JPEG2000")
-    at = head.index(b"\xff\x4f\xff\x51") + 42
-    with pytest.raises(DecodeError, match=r"a JPEG 2000 of \[16, 16\] bits is not known: save it as RGB"):
-        decode(head[:at] + b"\x0f" + head[at + 1 : at + 3] + b"\x0f" + head[at + 4 :])
+def with_bits(data: bytes, stated: int) -> bytes:
+    """A JPEG 2000 that says of all its samples that they have such bits."""
+    at = data.index(b"\xff\x4f\xff\x51") + 40
+    made = bytearray(data)
+    for sample in range(int.from_bytes(data[at : at + 2], "big")):
+        made[at + 2 + 3 * sample] = stated
+    return bytes(made)
+
+
+def test_deep_jpeg_2000s_that_are_rejects() -> None:
+    """Pillow makes others of them, and so does OpenCV, if it knows them."""
+    for data, kind in (
+        (with_bits(saved(Image.new("LA", (8, 8)), "JPEG2000"), 15), "2 samples, 16"),
+        (with_bits(saved(Image.new("RGB", (8, 8)), "JPEG2000"), 0x80 | 11), "signed numbers, 12"),
+        (with_bits(saved(Image.new("YCbCr", (8, 8)), "JPEG2000"), 9), "YCC, 10"),
+    ):
+        with pytest.raises(DecodeError, match=f"a JPEG 2000 of {kind} bits, is not known: save it as RGB or RGBA"):
+            decode(data)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "YCbCr"])
+def test_jpeg_2000s_of_8_bits(picture: Image.Image, mode: str) -> None:
+    image = picture.convert(mode)
+    shown = decode(saved(image, "JPEG2000", irreversible=False))
+    assert abs(shown.astype(int) - np.asarray(image.convert("RGB"))).max() <= 2
+    assert decode(saved(image, "JPEG2000", signed=True)).shape == shown.shape
 
 
 def bmp_of(bgra: np.ndarray) -> bytes:
@@ -210,7 +230,7 @@ def test_why_an_image_is_not_known() -> None:
     at = jpeg.index(b"\xff\xc0") + 4
     for data, reason in (
         (bytes(png), "damaged image: a PNG whose header or checksums are wrong"),
-        (jpeg[:at] + b"\x0c" + jpeg[at + 1 :], "not a JPEG that is known: it may have 12 bits"),
+        (jpeg[:at] + b"\x0c" + jpeg[at + 1 :], "not a JPEG that is known: its header is cut off, or it has 12 bits"),
         (b"\0\0\0\x18ftypheic" + bytes(60), "HEIC is not known: save it as JPEG"),
     ):
         with pytest.raises(DecodeError, match=reason):
