@@ -44,12 +44,10 @@ WEB_ERRORS = (BodyError, TimeoutError)  # of aiohttp, a server that cannot be re
 LOGIN = re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]*://)(?:[^/]*@|[^/:]*:(?!\d+/).*@)")
 HALF_LOGIN = re.compile(r"(://[^/:@\[]*):(?!\d+(?:/|$))[^/@]*|(?<=http)(s?:/+|s?//+)[^/@]*@", re.IGNORECASE)  # mistyped
 USERINFO = re.compile(r"""://(?:[^\s/@:"']+:[^\s@"']+|[^\s/@"']+)@""")  # in a text
-QUERY = re.compile(r"((?:https?|abfss?|adl|az|gs|wasbs?)://[^?\s'\"]*)\?[^\s'\"]*", re.IGNORECASE)
+SIGNING = r"(?:https?|abfss?|adl|az|wasbs?)://"  # how addresses begin that a query may sign
+QUERY = re.compile(rf"({SIGNING}[^?\s'\"]*)\?[^\s'\"]*", re.IGNORECASE)
 # Of addresses that a query may sign, in a line of a list also behind a quote or another column; and by what it says
-SIGNED = re.compile(
-    r"(?:https?|abfss?|adl|az|wasbs?)://[^?]*\?|\?[^?]*(?:sig|signature|token|credential|password|secret)=",
-    re.IGNORECASE,
-)
+SIGNED = re.compile(rf"{SIGNING}[^?]*\?|\?[^?]*(?:sig|signature|token|credential|password|secret)=", re.IGNORECASE)
 LONGEST_URI = 8192  # characters, as web servers have it: more is no URI, and would take long to look through
 
 

@@ -75,7 +75,10 @@ def read_image_files(config: BuildConfig) -> SourceData:
 
 def is_list(uri: str) -> bool:
     """Whether images are said to be those of a list: a file, where it is a local one, for a folder may be called so."""
-    return uri.endswith(".txt") and not (open_store(uri).is_local and os.path.isdir(open_store(uri).uri))
+    if not uri.endswith(".txt"):
+        return False
+    store = open_store(uri)
+    return not (store.is_local and store.path.is_dir())
 
 
 def named_images(
@@ -126,7 +129,7 @@ def _read_list(uri: str) -> SourceData:
         if fault is None:
             names[full] = None
         else:
-            rejects.append(Reject(printable(without_secrets(full)), None, "source", fault))
+            rejects.append(Reject(printable(full), None, "source", fault))
     store, name = split_uri(uri)
     return named_images(ListedImages(f"{store.uri}/{name}"), list(names), rejects=rejects)
 

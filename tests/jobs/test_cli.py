@@ -109,6 +109,15 @@ def test_a_folder_without_shards_is_told_before_ray_starts(
     assert str(tmp_path) in err
 
 
+def test_short_memory_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(words: list[str]) -> None:
+        raise MemoryError("of the test")
+
+    monkeypatch.setattr("jobs.cli.parse", short)
+    assert main(["verify-data", "a"]) == 1
+    assert capsys.readouterr().err.startswith("mrcnn: error: memory is short (of the test): give ")
+
+
 def test_secrets_in_words_that_are_wrong_are_not_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A parser of command lines shows them as they are."""
     login, signed = "s3://KEY:SECRET@bucket/x", "https://host.example/a?sig=SECRET"

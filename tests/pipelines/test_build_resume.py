@@ -267,7 +267,7 @@ def test_a_lost_shard_that_would_become_another_is_told(
 
 def _first_alone(function: Callable[[Task], Task], tasks: Iterable[Task]) -> Iterator[Task]:
     yield from run_inline(function, islice(tasks, 1))
-    raise KeyboardInterrupt
+    raise Crash
 
 
 @pytest.mark.usefixtures("here")

@@ -65,7 +65,7 @@ def summary(shards: str) -> DataSummary:
     return summarize(shards)
 
 
-def test_tiles_are_told_apart(tmp_path: Path) -> None:
+def test_tiles_are_told_apart() -> None:
     row = Row(1, "s3://b/large.png", np.zeros((64, 64, 3), np.uint8), (64, 64), [], {"x": 32, "y": 0})
     first = Row(1, row.uri, row.image, row.source_size, [], {"x": 0, "y": 0})
     assert not np.array_equal(_caption(row, 800), _caption(first, 800))

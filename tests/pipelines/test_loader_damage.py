@@ -77,7 +77,9 @@ def test_a_shard_that_goes_while_it_is_read(folder: Path) -> None:
 def test_a_truncated_shard(folder: Path, left: int) -> None:
     file = folder / SHARD
     file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(ValueError, match=rf"{SHARD} is damaged \(it has \d+ bytes, its manifest says \d+\)"):
+    with pytest.raises(
+        ValueError, match=rf"{SHARD} is damaged \(it has \d+ bytes, its manifest says \d+\): remove this file"
+    ):
         take(ShardDataset(str(folder)))
 
 

@@ -276,6 +276,7 @@ def test_rows_say_what_they_show(source: Path, tmp_path: Path) -> None:
     seen = set()
     for i in range(len(dataset)):
         row, tile = dataset.read(i), rows.read(i)["tile"].as_py()
+        assert row.tile == tile
         if tile is None:
             assert (row.image_id, row.size, row.source_size) == (8, (90, 120), (90, 120))
             continue
