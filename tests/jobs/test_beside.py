@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 import psutil
@@ -189,8 +189,13 @@ def test_a_phase_without_a_whole_detector_is_not_evaluated(settings: WorkerSetti
 
 
 def fail_during_an_evaluation(settings: WorkerSettings) -> None:
-    with evaluating_beside(settings, workers=1, use_gpu=False):
-        wait_for_process("ray::evaluate_checkpoint")
+    """The evaluation is held back until it has been told to end: else it may be done before that."""
+    with ExitStack() as stack, evaluating_beside(settings, workers=1, use_gpu=False):
+        process = wait_for_process("ray::evaluate_checkpoint")
+        process.suspend()
+        timer = threading.Timer(5.0, process.resume)
+        timer.start()
+        stack.callback(timer.join)
         raise RuntimeError("spoilt")
 
 
