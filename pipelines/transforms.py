@@ -12,7 +12,7 @@ from pipelines.jpeg_segments import check_scans, read_header
 from pipelines.pillow_images import decode_any, open_image, orientation_of
 from pipelines.pixels import MAX_PIXELS, DecodeError, Pixels, check_size, turned
 
-PIXELS_VERSION = 3  # raised where the same file gives other pixels or masks: no build mixes shards of before and after
+PIXELS_VERSION = 4  # raised where the same file gives other pixels or masks: no build mixes shards of before and after
 JPEG_QUALITY = 95
 MAX_SIDE: dict[Encoding, int] = {"jpeg": 65_500, "png": 1_000_000}  # libjpeg's and libpng's bounds
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.prefetch import batched
-from pipelines.rle import Ends, ends_from_counts
+from pipelines.rle import Ends, ends_from_counts, pixels_in, segmentation_ends
 from pipelines.scaling import rle_of
 
 FAR = 1.0  # image sides by which a polygon or keypoint may leave the image: farther is a mistake
@@ -136,12 +136,26 @@ def _polygons(value: list[Any], size: tuple[int, int]) -> list[list[float]]:
         area += polygon_area
         outline += polygon_outline
         found.append(numbers)
-    if area == 0:
-        raise AnnotationError("polygon has no area")
     bound = EDGES * size[0] * size[1] + CROSSINGS * (size[0] + size[1])
     if outline > bound:
         raise AnnotationError(f"polygon has too long an outline: {outline:.0f} pixels, the bound is {bound}")
+    if area == 0 and not _crosses_itself(found, size):
+        raise AnnotationError("polygon has no area")
     return found
+
+
+def _crosses_itself(polygons: list[list[float]], size: tuple[int, int]) -> bool:
+    """Whether polygons without area have an inside nevertheless: a bow's two sides, which turn the one and the other
+    way round, sum up to nothing. A line has none, whatever drawing makes of its rounded corners."""
+    return (
+        not all(map(_is_line, polygons))
+        and pixels_in(segmentation_ends({"polygons": polygons, "rle": None}, *size)) > 0
+    )
+
+
+def _is_line(polygon: list[float]) -> bool:
+    x, y = ([value - values[0] for value in values] for values in (polygon[0::2], polygon[1::2]))
+    return not any(a * d - b * c for a, b, c, d in zip(x, y, [*x[1:], 0.0], [*y[1:], 0.0], strict=True))
 
 
 def _area_and_outline(x: list[float], y: list[float]) -> tuple[float, float]:

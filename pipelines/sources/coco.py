@@ -153,13 +153,11 @@ class _Content:
             yield RejectedAnnotation(shown_uri(images, name) if name else "", image_id, id_, "source", reason)
         lost = {each.image_id: each for each in self.lost}
         for image_id, texts in self.texts.items():
-            reason = (
-                f"image rejected: {lost[image_id].reason}"
-                if image_id in lost
-                else f"no such image: image_id {image_id}"
-            )
+            uri, reason = "", f"no such image: image_id {image_id}"
+            if image := lost.get(image_id):
+                uri, reason = shown_uri(images, image.name), f"image rejected: {image.reason}"
             for text in texts:
-                yield RejectedAnnotation("", image_id, whole(json.loads(text).get("id"), INT64), "source", reason)
+                yield RejectedAnnotation(uri, image_id, whole(json.loads(text).get("id"), INT64), "source", reason)
 
 
 def _parse(uri: str) -> tuple[_Content, str]:

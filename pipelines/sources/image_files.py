@@ -30,6 +30,7 @@ from pipelines.storage_errors import plain_errors, without_secrets
 
 LISTED_TWICE = "listed twice"
 LOCAL = "file:"
+SLASHES = re.compile("//+")
 THIS_MACHINE = re.compile(r"file:(?://(?:localhost)?(?=/))?(/(?!/).*)")
 
 
@@ -150,6 +151,8 @@ def listed_files(uri: str) -> Iterator[tuple[str, str | None]]:
                 is_empty = False
                 line = plain_name(_path_of(line) if line.startswith(LOCAL) else line)
                 full = line if "://" in line or line.startswith("/") else f"{store.uri}/{line}"
+                if full.startswith("/"):
+                    full = SLASHES.sub("/", full)  # on a disk, not in a bucket, the same file
                 yield full, _line_fault(line, full)
     if is_empty:
         raise FileNotFoundError(f"{uri} lists no images: write one URI a line")

@@ -51,8 +51,9 @@ class _Mask:
 
 def read_labelme(config: BuildConfig) -> SourceData:
     """Records of all images below `config.images`, each with the JSON of its own name (a.json for a.jpg), or else with
-    the one whose imagePath leads to it; an image without one has not been annotated, and is a reject, as is the second
-    image for a JSON, or the second JSON for an image. A JSON without image stands for the image in its imageData.
+    the one whose imagePath leads to it. An image without one has not been annotated, and is a reject, as is one whose
+    JSON says that it is of another image here, and the second JSON for an image. A JSON without image stands for the
+    image in its imageData.
 
     Category ids are the labels, 1..K, in the order of `config.classes` or else of the sorted names that occur. Raises
     FileNotFoundError where there are no JSON files, ValueError where they name no class.
@@ -65,21 +66,19 @@ def read_labelme(config: BuildConfig) -> SourceData:
     if not notes:
         raise FileNotFoundError(f"{images.uri} holds no JSON files beside its images: is it LabelMe?")
     jsons = {name: by_stem[_stem(name)] for name in photos if _stem(name) in by_stem}
-    twins = _twins([*jsons])
-    alone = sorted({*by_stem.values()} - {*jsons.values()})
-    looked_into = alone if config.classes else sorted(by_stem.values())
-    labels, paths = _labels_and_paths(images, looked_into, config)
+    labels, said = _labels_and_photos(images, sorted(by_stem.values()), config)
+    others = _of_others(jsons, {note: name for note, name in said.items() if name in photos})
     classes = config.classes or tuple(sorted(labels))
     if not classes:
         raise ValueError(f"{images.uri}: no shape of its JSON files has a label: is it LabelMe?")
     seconds = {name: by_stem[_stem(name)] for name in notes}  # such as a.json beside a.JSON
-    for note in alone:
-        if (photo := _photo_of(note, paths[note])) in photos:
-            seconds[note] = jsons.setdefault(photo, note)
+    for note in sorted({*by_stem.values()} - {*jsons.values()}):
+        if said[note] in photos:
+            seconds[note] = jsons.setdefault(said[note], note)
     seconds = {note: first for note, first in seconds.items() if note != first}
     rejects = [
-        Reject(shown_uri(images, name), None, "source", f"two images for one JSON: {first} is the other")
-        for name, first in twins.items()
+        Reject(shown_uri(images, name), None, "source", f"its JSON, {jsons[name]}, is of another image: {other}")
+        for name, other in others.items()
     ]
     rejects += [
         Reject(shown_uri(images, name), None, "source", f"two JSON files for one image: {first} is the other")
@@ -87,7 +86,7 @@ def read_labelme(config: BuildConfig) -> SourceData:
     ]
     return named_images(
         images,
-        sorted({*photos, *by_stem.values()} - {*jsons.values()} - twins.keys() - seconds.keys()),
+        sorted({*photos, *by_stem.values()} - {*jsons.values()} - others.keys() - seconds.keys()),
         rejects=[*rejects, *unfollowed_folders(images, follow_links=config.follow_links)],
         categories=tuple(Category(id=id_, name=name) for id_, name in enumerate(classes, start=1)),
         versions=listed,
@@ -246,9 +245,9 @@ def _circle(centre: tuple[float, float], radius: float) -> Points:
     return [(centre[0] + radius * math.cos(each), centre[1] + radius * math.sin(each)) for each in angles]
 
 
-def _labels_and_paths(images: Store, names: Sequence[str], config: BuildConfig) -> tuple[set[str], dict[str, Any]]:
-    """Labels of all shapes of some JSON files, and what each of these calls its image; a file that cannot be used is
-    told when its image's turn comes."""
+def _labels_and_photos(images: Store, names: Sequence[str], config: BuildConfig) -> tuple[set[str], dict[str, str]]:
+    """Labels of all shapes of some JSON files, and the image that each of these says it is of; a file that cannot be
+    used is told when its image's turn comes."""
 
     def read(name: str) -> dict[str, Any]:
         if not config.follow_links and links_outside(images, name):
@@ -258,13 +257,13 @@ def _labels_and_paths(images: Store, names: Sequence[str], config: BuildConfig) 
         except (FileNotFoundError, FileRefusedError, UnfitFileError, SourceError):
             return {}
 
-    labels, paths = set[str](), dict[str, Any]()
+    labels, photos = set[str](), dict[str, str]()
     for name, content in zip(names, prefetched(read, names, threads=READ_THREADS, ahead=READ_AHEAD), strict=True):
-        shapes, paths[name] = content.get("shapes"), content.get("imagePath")
+        shapes, photos[name] = content.get("shapes"), _photo_of(name, content.get("imagePath"))
         found = [shape.get("label") for shape in shapes if isinstance(shape, dict)] if isinstance(shapes, list) else []
         # no class is called what is not Unicode
         labels.update(label for label in found if isinstance(label, str) and label == printable(label))
-    return labels, paths
+    return labels, photos
 
 
 def _photo_of(note: str, path: Any) -> str:
@@ -274,10 +273,12 @@ def _photo_of(note: str, path: Any) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(note), path.replace("\\", "/")))
 
 
-def _twins(photos: Sequence[str]) -> dict[str, str]:
-    """The images whose JSON belongs to another already, and that other image."""
-    firsts: dict[str, str] = {}
-    return {name: first for name in photos if (first := firsts.setdefault(_stem(name), name)) != name}
+def _of_others(jsons: dict[str, str], said: dict[str, str]) -> dict[str, str]:
+    """The images whose JSON, by its name, is of another, and that other image: the one that the JSON says, where there
+    is such an image, or else the first of those that are called like it. Where one is called so and another is said to
+    be meant, files were renamed or copied, and neither is sure."""
+    first = {note: name for name, note in reversed(jsons.items())} | said
+    return {name: first[note] for name, note in jsons.items() if first[note] != name}
 
 
 def _stem(name: str) -> str:

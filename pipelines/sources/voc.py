@@ -35,7 +35,7 @@ def read_voc(config: BuildConfig) -> SourceData:
         ) from None
     stems: dict[str, None] = {}  # in order
     rejects: list[Reject] = []
-    for stem in text.split():
+    for stem in filter(None, map(str.strip, text.splitlines())):
         fault = "listed twice" if stem in stems else name_fault(stem)
         if fault is None:
             stems[stem] = None

@@ -147,6 +147,13 @@ def test_annotations_of_no_image_are_rejected(tmp_path: Path, bad: Any, reason: 
     assert source.annotations == 2
 
 
+def test_annotations_of_a_rejected_image_tell_which(tmp_path: Path) -> None:
+    images = [image(), image(5, file_name="../x.jpg")]
+    source = read(coco(tmp_path, images=images, annotations=[annotation(), annotation(2, image_id=5)]))
+    assert [each.uri for each in source.rejected_annotations] == [each.uri for each in source.rejects]
+    assert source.rejects[0].uri.endswith("/../x.jpg")
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [

@@ -228,7 +228,7 @@ def test_a_list_of_uris_from_disk_and_s3(s3: str, tmp_path: Path) -> None:
     lines = [
         f"{tmp_path}/with space ä.png", "", "b.png\r", f"{s3}/listed/deep/c.png", f"file://{tmp_path}/c.png", "  ",
         f"{tmp_path}/nowhere.png", "b.png", "../b.png", "magic://x/a.png", f"{s3}/listed/nowhere.png", "s3://a.png",
-        "cached://x/a.png", f"file://{tmp_path}/b.png", f"{tmp_path}/c.png",
+        "cached://x/a.png", f"file://{tmp_path}/b.png", f"{tmp_path}/c.png", f"{tmp_path}//c.png",
     ]  # fmt: skip
     text = "\n".join(lines).encode()
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + text)
@@ -246,6 +246,7 @@ def test_a_list_of_uris_from_disk_and_s3(s3: str, tmp_path: Path) -> None:
         ("s3://a.png", "not a URI that can be read"),
         ("cached://x/a.png", "not a URI that can be read"),
         (f"{tmp_path}/b.png", "listed twice"),
+        (f"{tmp_path}/c.png", "listed twice"),
         (f"{tmp_path}/c.png", "listed twice"),
         (f"{tmp_path}/nowhere.png", "no such file"),
         (f"{s3}/listed/nowhere.png", "no such file"),

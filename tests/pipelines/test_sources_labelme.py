@@ -206,17 +206,37 @@ def test_the_image_may_lie_in_the_json(tmp_path: Path) -> None:
     }
 
 
-def test_the_second_image_of_a_json_is_a_reject(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "meant", "other"), [("a.png", "a.png", "a.jpg"), ("x.png", "a.jpg", "a.png"), (None, "a.jpg", "a.png")]
+)
+def test_the_second_image_of_a_json_is_a_reject(tmp_path: Path, path: str | None, meant: str, other: str) -> None:
     data = tmp_path / "data"
-    write(data, "a", [shape()], image=".jpg")
+    write(data, "a", [shape()], image=".jpg", imagePath=path)
     for name in ("a.png", "b.jpg", "b.png"):
         write_image(data / name)
-    made = labelme(tmp_path)
-    assert [Path(row.uri).name for row in made.rows] == ["a.jpg"]
+    made = labelme(tmp_path, classes=("dog",))
+    assert [Path(row.uri).name for row in made.rows] == [meant]
     assert made.rejects == {
-        "a.png": "source: two images for one JSON: a.jpg is the other",
+        other: f"source: its JSON, a.json, is of another image: {meant}",
         "b.jpg": "read: annotation file, no such file: b.json",
         "b.png": "read: annotation file, no such file: b.json",
+    }
+
+
+def test_a_json_that_says_it_is_of_another_image_is_nobodys(tmp_path: Path) -> None:
+    """By names it belongs to one image, by its imagePath to another: either may be wrong. Where there is no such image,
+    files have been renamed."""
+    data = tmp_path / "data"
+    for name, path in (("a", "b.png"), ("b", "a.png"), ("c", "d.png"), ("e", "gone.png"), ("f", "sub/../f.png")):
+        write(data, name, [shape()], imagePath=path)
+    write_image(data / "d.png")
+    made = labelme(tmp_path)
+    assert [Path(row.uri).name for row in made.rows] == ["e.png", "f.png"]
+    assert made.rejects == {
+        "a.png": "source: its JSON, a.json, is of another image: b.png",
+        "b.png": "source: its JSON, b.json, is of another image: a.png",
+        "c.png": "source: its JSON, c.json, is of another image: d.png",
+        "d.png": "read: annotation file, no such file: d.json",
     }
 
 

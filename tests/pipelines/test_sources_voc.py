@@ -63,10 +63,12 @@ def test_objects_are_the_numbers_in_the_masks(tmp_path: Path) -> None:
 
 
 def test_split_and_list(tmp_path: Path) -> None:
-    root = write_data_set(tmp_path / "VOC2007", ["000001", "000002"], split="trainval")
-    Path(root, "ImageSets/Segmentation/trainval.txt").write_text("\ufeff000002\r\n000001\n000002\n../../etc/x\n\n")
+    root = write_data_set(tmp_path / "VOC2007", ["000001", "000002", "my 3"], split="trainval")
+    listed = "\ufeff000002\r\n 000001 \n000002\nmy 3\n../../etc/x\n \n\n"
+    Path(root, "ImageSets/Segmentation/trainval.txt").write_text(listed)
     made = voc(tmp_path, root, split="trainval")
-    assert [row.image_id for row in made.rows] == [2, 1], "numbers where names are, in the order of the list"
+    assert [row.image_id for row in made.rows[:2]] == [2, 1], "numbers where names are, in the order of the list"
+    assert [Path(row.uri).name for row in made.rows[2:]] == ["my 3.jpg"]
     assert made.rejects == {
         "000002.jpg": "source: listed twice",
         "x.jpg": "source: file name leads out of the image folder",

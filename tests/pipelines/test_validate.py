@@ -65,6 +65,17 @@ def test_polygons_without_area(polygon: list[float]) -> None:
     assert to_instance(annotation(segmentation=[polygon, square]), SIZE)["segmentation"]["polygons"][0] == polygon
 
 
+def test_a_bow_has_an_inside() -> None:
+    """Its sides turn in opposite ways: as areas have signs, they sum up to nothing."""
+    bow = [2.0, 1.0, 10.0, 7.0, 10.0, 1.0, 2.0, 7.0]
+    assert to_instance(annotation(segmentation=[bow]), SIZE)["segmentation"]["polygons"] == [bow]
+    there_and_back = [2.0, 1.0, 10.0, 1.0, 10.0, 7.0, 10.0, 1.0]
+    outside = [value + 10.0 for value in bow]
+    for polygon in (there_and_back, outside):
+        with pytest.raises(AnnotationError, match="polygon has no area"):
+            to_instance(annotation(segmentation=[polygon]), SIZE)
+
+
 @pytest.mark.parametrize("counts", [[200], [200, 0], [100, 0, 100], "X6", [0, 0, 200]])
 def test_run_lengths_without_a_pixel(counts: Any) -> None:
     with pytest.raises(AnnotationError, match="mask is empty"):
