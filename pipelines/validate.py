@@ -146,7 +146,7 @@ def _polygons(value: list[Any], size: tuple[int, int]) -> list[list[float]]:
 
 def _crosses_itself(polygons: list[list[float]], size: tuple[int, int]) -> bool:
     """Whether polygons without area have an inside nevertheless: a bow's two sides, which turn the one and the other
-    way round, sum up to nothing. A line has none, whatever drawing makes of its rounded corners."""
+    way round, sum up to nothing. A line has none, though a pixel may be drawn of it where it leaves the image."""
     return (
         not all(map(_is_line, polygons))
         and pixels_in(segmentation_ends({"polygons": polygons, "rle": None}, *size)) > 0

@@ -115,7 +115,7 @@ def test_an_image_that_never_comes_ends_the_build_which_goes_on_later(config: Bu
         pytest.raises(ValueError, match=r"images/000000000007\.jpg cannot be reached at") as told,
     ):
         build(config)
-    assert time.monotonic() - start < 90, "the slowest, drip, takes under 18 on an idle machine"
+    assert time.monotonic() - start < 30
     assert "\n" not in str(told.value)
     assert "manifest.json" not in checksums(config.out)
     summary = build_inline(config)
@@ -185,7 +185,7 @@ def test_a_silent_endpoint_is_told_within_seconds_of_the_command(config: BuildCo
     assert done.returncode == 2
     assert f"cannot be reached at AWS_ENDPOINT_URL={url}" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert seconds < 110, "13 on an idle machine: two tries of 4 seconds, the rest are imports"
+    assert seconds < 60, "13 on an idle machine: two tries of 4 seconds, the rest are imports"
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "inf"])

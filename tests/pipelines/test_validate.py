@@ -57,7 +57,15 @@ def test_whole_numbers_are_stored_as_others() -> None:
     assert all(type(each) is float for each in numbers)
 
 
-@pytest.mark.parametrize("polygon", [[3.0, 3.0] * 4, [1.0, 1, 2, 2, 3, 3], [0.1, 0.1, 0.2, 0.2, 0.1, 0.1]])
+@pytest.mark.parametrize(
+    "polygon",
+    [
+        [3.0, 3.0] * 4,
+        [1.0, 1, 2, 2, 3, 3],
+        [0.1, 0.1, 0.2, 0.2, 0.1, 0.1],
+        [-3.0, 8, 9, 4, 12, 3],  # drawn as one pixel, where it leaves the image
+    ],
+)
 def test_polygons_without_area(polygon: list[float]) -> None:
     with pytest.raises(AnnotationError, match="polygon has no area"):
         to_instance(annotation(segmentation=[polygon, polygon]), SIZE)
